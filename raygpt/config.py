@@ -1,0 +1,299 @@
+"""Every setting of a run: frozen dataclasses, checked once, when built.
+
+A setting is named ``section.field`` everywhere: on the command line
+(``--batch.tokens 524288``), in a YAML file, in ``config.json`` and in error
+messages.  Each section checks itself in ``__post_init__``; what concerns two
+sections is checked by :class:`Config`.  Nothing here knows torch or Ray.
+
+Units: lengths and batches are in tokens, the schedule in optimizer steps.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from raygpt.errors import UserError
+
+Precision = Literal["auto", "fp32", "bf16"]
+EMBEDDED_CORPUS = "embedded"
+
+
+def _positive(section: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise UserError(f"{section}.{name} must be above 0, got {value}")
+
+
+def _not_negative(section: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value >= 0:
+            raise UserError(f"{section}.{name} must not be negative, got {value}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = "shakespeare"
+    """Name of the run, and of its folder below run.storage."""
+    storage: str = "runs"
+    """Folder or URI (s3://, gs://) that holds runs; every node must reach it."""
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or "\\" in self.name or self.name.startswith("."):
+            raise UserError(
+                f"run.name must be a plain folder name, got {self.name!r}; "
+                "the place goes into run.storage"
+            )
+        if not self.storage:
+            raise UserError("run.storage is empty; give a folder or a URI such as s3://bucket/runs")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    corpus: str = EMBEDDED_CORPUS
+    """Folder or URI of a corpus made by jobs/prepare.py; 'embedded' is the text in the package."""
+    val_corpus: str | None = None
+    """Corpus whose validation split is used instead of data.corpus's own."""
+    seed: int = 1337
+    """Key of the data order (chunks and windows)."""
+    segment_steps: int | None = None
+    """Steps read by one Ray Data task; by default about a million tokens a lane."""
+
+    def __post_init__(self) -> None:
+        if self.segment_steps is not None:
+            _positive("data", segment_steps=self.segment_steps)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 1024
+    """T, the tokens of context."""
+    vocab_size: int = 50_304
+    """Rows of the embedding: the tokenizer's vocabulary, padded for speed."""
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive(
+            "model", n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd,
+            block_size=self.block_size, vocab_size=self.vocab_size,
+        )  # fmt: skip
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"model.n_embd {self.n_embd} is not divisible by model.n_head {self.n_head}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout must lie in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    tokens: int = 524_288
+    """Tokens of one optimizer step, over all lanes."""
+    lanes: int = 8
+    """L: fixed streams of windows a batch is made of; at most L workers. A power of two."""
+    micro: int = 16
+    """Windows of one lane that go through the model at once."""
+    ramp_start_tokens: int = 0
+    """Batch size at step 0 of the GPT-3 ramp; 0 means no ramp."""
+    ramp_tokens: int = 0
+    """Tokens over which the batch grows linearly to batch.tokens."""
+
+    def __post_init__(self) -> None:
+        _positive("batch", tokens=self.tokens, lanes=self.lanes, micro=self.micro)
+        _not_negative("batch", ramp_start_tokens=self.ramp_start_tokens, ramp_tokens=self.ramp_tokens)
+        if self.lanes & (self.lanes - 1):
+            raise UserError(f"batch.lanes must be a power of two, got {self.lanes}")
+        if bool(self.ramp_start_tokens) != bool(self.ramp_tokens):
+            raise UserError(
+                "batch.ramp_start_tokens and batch.ramp_tokens go together; "
+                f"got {self.ramp_start_tokens} and {self.ramp_tokens}"
+            )
+        if self.ramp_start_tokens > self.tokens:
+            raise UserError(
+                f"batch.ramp_start_tokens {self.ramp_start_tokens} is larger than "
+                f"batch.tokens {self.tokens}"
+            )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    max_lr: float = 6e-4
+    min_lr: float | None = None
+    """Rate after the decay; by default a tenth of optim.max_lr."""
+    warmup_steps: int = 100
+    """Length of the linear warm-up, in steps of the full batch."""
+    decay_tokens: int | None = None
+    """Tokens after which the cosine has reached optim.min_lr; by default all tokens of the run."""
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        _positive("optim", max_lr=self.max_lr, eps=self.eps)
+        _not_negative(
+            "optim", warmup_steps=self.warmup_steps, weight_decay=self.weight_decay,
+            grad_clip=self.grad_clip, min_lr=self.min_lr or 0.0,
+        )  # fmt: skip
+        if self.min_lr is not None and self.min_lr > self.max_lr:
+            raise UserError(f"optim.min_lr {self.min_lr} is above optim.max_lr {self.max_lr}")
+        if self.decay_tokens is not None:
+            _positive("optim", decay_tokens=self.decay_tokens)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas must lie in [0, 1), got {self.betas}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000
+    """Optimizer steps of the run."""
+    seed: int = 1337
+    """Key of the initial weights and of dropout."""
+    exact: bool | None = None
+    """Deterministic kernels on a GPU; on a CPU they are always on. Default: on for CPU only."""
+    precision: Precision = "auto"
+    """auto: bf16 autocast where the hardware has it, else fp32."""
+    compile: bool = False
+    """torch.compile the model."""
+    log_every: int = 1
+    eval_every: int = 250
+    """Steps between validations; 0 validates at the end only."""
+    eval_tokens: int = 1_048_576
+    """Tokens of the fixed validation set; the split is cut to it."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints; one is always written at the end."""
+    sample_prompt: str = "\n"
+    """Prompt of the sample printed at the end; empty prints none."""
+    sample_tokens: int = 200
+
+    def __post_init__(self) -> None:
+        _positive(
+            "train", steps=self.steps, log_every=self.log_every, eval_tokens=self.eval_tokens,
+            checkpoint_every=self.checkpoint_every,
+        )  # fmt: skip
+        _not_negative("train", eval_every=self.eval_every, sample_tokens=self.sample_tokens)
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    workers: str = "1"
+    """Ray Train workers: N, or MIN:MAX for an elastic run."""
+    gpus_per_worker: int | None = None
+    """GPUs of a worker: 0 or 1; by default 1 where the cluster has GPUs."""
+    cpus_per_worker: float = 1.0
+    threads: int = 1
+    """CPU threads of a worker; part of the run's numbers, since it changes the order of sums."""
+
+    def __post_init__(self) -> None:
+        if self.gpus_per_worker not in (None, 0, 1):
+            raise UserError(f"scale.gpus_per_worker must be 0 or 1, got {self.gpus_per_worker}")
+        _positive("scale", cpus_per_worker=self.cpus_per_worker, threads=self.threads)
+        parts = self.workers.split(":")
+        if len(parts) > 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
+            raise UserError(f"scale.workers must be N or MIN:MAX, got {self.workers!r}")
+        if self.min_workers > self.max_workers:
+            raise UserError(f"scale.workers {self.workers}: MIN is larger than MAX")
+
+    @property
+    def min_workers(self) -> int:
+        return int(self.workers.split(":")[0])
+
+    @property
+    def max_workers(self) -> int:
+        return int(self.workers.split(":")[-1])
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of one run.
+
+    Raises:
+        UserError: a value is out of range, or two settings do not fit together.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+
+    def __post_init__(self) -> None:
+        unit = self.batch.lanes * self.model.block_size
+        for name in ("tokens", "ramp_start_tokens"):
+            value = getattr(self.batch, name)
+            if value % unit:
+                near = max(1, round(value / unit)) * unit
+                raise UserError(
+                    f"batch.{name} {value} is not divisible by batch.lanes x model.block_size = "
+                    f"{self.batch.lanes} x {self.model.block_size} = {unit}; {near} would be"
+                )
+        if self.scale.max_workers > self.batch.lanes:
+            raise UserError(
+                f"scale.workers {self.scale.workers} is more than batch.lanes "
+                f"{self.batch.lanes}: a lane cannot be shared; raise batch.lanes or use fewer workers"
+            )
+
+    @property
+    def windows_per_lane(self) -> int:
+        """g: windows that one lane gives to a step of the full batch."""
+        return self.batch.tokens // (self.batch.lanes * self.model.block_size)
+
+    @property
+    def min_lr(self) -> float:
+        return 0.1 * self.optim.max_lr if self.optim.min_lr is None else self.optim.min_lr
+
+    @property
+    def segment_steps(self) -> int:
+        """Steps that one block of the stream holds: about 2**20 tokens of a lane."""
+        lane_tokens = self.windows_per_lane * self.model.block_size
+        return self.data.segment_steps or max(1, math.ceil(2**20 / lane_tokens))
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Nested plain values, as in config.json: ``{"run": {"name": ...}, ...}``."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any], base: Config | None = None) -> Config:
+    """Inverse of :func:`to_dict`; what is missing comes from ``base``.
+
+    Raises:
+        UserError: a section or field that does not exist, or a value out of range.
+    """
+    base = base or Config()
+    names = setting_names()
+    sections = {}
+    for section, fields in values.items():
+        if not isinstance(fields, dict):
+            raise UserError(f"settings: {section!r} must be a section with fields under it")
+        for name in fields:
+            if f"{section}.{name}" not in names:
+                raise UserError(unknown_setting(f"{section}.{name}"))
+        if "betas" in fields:
+            fields = {**fields, "betas": tuple(fields["betas"])}
+        sections[section] = dataclasses.replace(getattr(base, section), **fields)
+    return dataclasses.replace(base, **sections)
+
+
+def setting_names() -> list[str]:
+    """Every ``section.field`` there is."""
+    return [
+        f"{section.name}.{f.name}"
+        for section in dataclasses.fields(Config)
+        for f in dataclasses.fields(section.default_factory)  # type: ignore[arg-type]
+    ]
+
+
+def unknown_setting(name: str) -> str:
+    """The error text for a setting that does not exist, with the nearest known name."""
+    import difflib
+
+    names = setting_names()
+    near = difflib.get_close_matches(name.replace("-", "_"), names, n=1, cutoff=0.0)
+    return f"unknown setting {name!r}; did you mean {near[0]!r}?" if near else f"unknown setting {name!r}"

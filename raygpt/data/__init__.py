@@ -1,0 +1,1 @@
+"""Text to tokens to batches: tokenizer, sources, prepare, corpus, order, stream."""
