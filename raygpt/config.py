@@ -9,9 +9,12 @@ Units: lengths and batches are in tokens, the schedule in optimizer steps.
 """
 
 import dataclasses
+import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from raygpt.errors import UserError
 
@@ -57,7 +60,7 @@ class DataConfig:
     seed: int = 1337
     """Key of the data order (chunks and windows)."""
     segment_steps: int | None = None
-    """Steps read by one Ray Data task; by default about a million tokens a lane."""
+    """Steps read by one Ray Data task; by default about a million tokens, at most 512 steps."""
 
     def __post_init__(self) -> None:
         if self.segment_steps is not None:
@@ -103,7 +106,9 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         _positive("batch", tokens=self.tokens, lanes=self.lanes, micro=self.micro)
-        _not_negative("batch", ramp_start_tokens=self.ramp_start_tokens, ramp_tokens=self.ramp_tokens)
+        _not_negative(
+            "batch", ramp_start_tokens=self.ramp_start_tokens, ramp_tokens=self.ramp_tokens
+        )
         if self.lanes & (self.lanes - 1):
             raise UserError(f"batch.lanes must be a power of two, got {self.lanes}")
         if bool(self.ramp_start_tokens) != bool(self.ramp_tokens):
@@ -236,7 +241,7 @@ class Config:
         if self.scale.max_workers > self.batch.lanes:
             raise UserError(
                 f"scale.workers {self.scale.workers} is more than batch.lanes "
-                f"{self.batch.lanes}: a lane cannot be shared; raise batch.lanes or use fewer workers"
+                f"{self.batch.lanes}: a lane cannot be shared; use fewer workers or more lanes"
             )
 
     @property
@@ -250,9 +255,16 @@ class Config:
 
     @property
     def segment_steps(self) -> int:
-        """Steps that one block of the stream holds: about 2**20 tokens of a lane."""
+        """Steps that one block of the stream holds: about a million tokens of a lane.
+
+        Not more than 512 steps, so that tiny models stream, too; more tokens in very long
+        runs, whose blocks Ray Data would otherwise be slow to list (65,536 at most).
+        """
         lane_tokens = self.windows_per_lane * self.model.block_size
-        return self.data.segment_steps or max(1, math.ceil(2**20 / lane_tokens))
+        usual = min(512, math.ceil(2**20 / lane_tokens))
+        return self.data.segment_steps or max(
+            usual, math.ceil(self.train.steps * self.batch.lanes / 65_536)
+        )
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
@@ -264,21 +276,69 @@ def from_dict(values: dict[str, Any], base: Config | None = None) -> Config:
     """Inverse of :func:`to_dict`; what is missing comes from ``base``.
 
     Raises:
-        UserError: a section or field that does not exist, or a value out of range.
+        UserError: a section or field that does not exist, or a value of the wrong type or
+            out of range.
     """
-    base = base or Config()
+    return dataclasses.replace(base or Config(), **read_sections(values, base or Config()))
+
+
+def read_sections(values: Any, base: Config) -> dict[str, Any]:
+    """The sections named in ``values``, changed from ``base``; raises as :func:`from_dict`.
+
+    What concerns two sections is not checked yet: a later layer of settings may mend it.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"settings must be sections with fields under them, got {_shown(values)}")
+    sections: dict[str, Any] = {}
     names = setting_names()
-    sections = {}
-    for section, fields in values.items():
+    for name, fields in values.items():
+        if name not in _SECTIONS:
+            near = nearest(str(name), [*_SECTIONS, *names])
+            raise UserError(f"unknown section {str(name)!r}; did you mean {near!r}?")
         if not isinstance(fields, dict):
-            raise UserError(f"settings: {section!r} must be a section with fields under it")
-        for name in fields:
-            if f"{section}.{name}" not in names:
-                raise UserError(unknown_setting(f"{section}.{name}"))
-        if "betas" in fields:
-            fields = {**fields, "betas": tuple(fields["betas"])}
-        sections[section] = dataclasses.replace(getattr(base, section), **fields)
-    return dataclasses.replace(base, **sections)
+            raise UserError(f"settings: {name!r} must be a section with fields under it")
+        for field_name in fields:
+            if f"{name}.{field_name}" not in names:
+                raise UserError(unknown_setting(f"{name}.{field_name}"))
+        section = getattr(base, name)
+        kinds = get_type_hints(type(section))
+        changed = {f: _typed(f"{name}.{f}", value, kinds[f]) for f, value in fields.items()}
+        sections[name] = dataclasses.replace(section, **changed)
+    return sections
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as the type of a setting, from what YAML or JSON makes of it."""
+    choices = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if value is None and NoneType in choices:
+        return None
+    kind = choices[0]
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if get_origin(kind) is Literal:
+        options = get_args(kind)
+        if value not in options:
+            raise UserError(f"{name} must be one of {', '.join(options)}, got {_shown(value)}")
+        return value
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        if not isinstance(value, list | tuple) or len(value) != len(kinds):
+            raise UserError(f"{name} must be a list of {len(kinds)}, got {_shown(value)}")
+        return tuple(_typed(name, part, k) for part, k in zip(value, kinds, strict=True))
+    if (kind is bool and isinstance(value, bool)) or (kind is int and whole):
+        return value
+    if kind is str and (isinstance(value, str) or whole):  # `workers: 2`
+        return str(value)
+    if kind is float and (whole or isinstance(value, float)):
+        return float(value)
+    raise UserError(f"{name} must be {_KINDS[kind]}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_SECTIONS = [section.name for section in dataclasses.fields(Config)]
 
 
 def setting_names() -> list[str]:
@@ -292,8 +352,16 @@ def setting_names() -> list[str]:
 
 def unknown_setting(name: str) -> str:
     """The error text for a setting that does not exist, with the nearest known name."""
-    import difflib
+    return f"unknown setting {name!r}; did you mean {nearest(name, setting_names())!r}?"
 
-    names = setting_names()
-    near = difflib.get_close_matches(name.replace("-", "_"), names, n=1, cutoff=0.0)
-    return f"unknown setting {name!r}; did you mean {near[0]!r}?" if near else f"unknown setting {name!r}"
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The known name most like ``name``; being alike without the section counts, too."""
+    name = name.replace("-", "_")
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, name, candidate).ratio()
+        ends = name.rpartition(".")[2], candidate.rpartition(".")[2]
+        return max(whole, 0.9 * difflib.SequenceMatcher(None, *ends).ratio())
+
+    return max(known, key=likeness)

@@ -1,13 +1,15 @@
 """Which windows a step uses: arithmetic only, no I/O, no Ray, no torch.
 
 The batch of step k is a pure function of (chunk sizes, seed, lanes, ramp, k).
-Two independent parts make it up:
+Two independent parts make it up; a third deals the lanes to workers:
 
 * :class:`BatchSchedule` says how many windows each lane gives to a step, and
   so at which position of its sequence a lane stands when a step begins.
 * :class:`DataOrder` says which window stands at a position of a lane.
+* :class:`Segments` cuts steps into segments and names the worker of each
+  (segment, lane).  It changes who computes, never what.
 
-Vocabulary (see docs/design words): a *window* is T+1 consecutive tokens of one
+Vocabulary: a *window* is T+1 consecutive tokens of one
 chunk; *lane* l of L owns chunks l, l+L, l+2L, ... of each epoch's chunk order.
 
 Cost: a lookup is O(log epochs + log chunks) plus the permutation of the chunks
@@ -20,6 +22,7 @@ holds under any later version of numpy.
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
@@ -194,3 +197,35 @@ class DataOrder:
                 found.append((int(self._chunks[chunk]), windows))
             start = min(stop, int(edges[-1]))
         return found
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Steps ``start`` to ``stop`` cut into runs of ``length`` steps, and their owners.
+
+    Segment 0 is read by the workers themselves; the blocks of the later ones, numbered
+    segment by segment and lane by lane, go to the workers in turn.  So with W a power of two
+    a worker keeps the lanes l = rank (mod W); with any other W its lanes change by segment.
+    """
+
+    start: int
+    stop: int
+    length: int
+    lanes: int
+
+    @property
+    def count(self) -> int:
+        return -(-(self.stop - self.start) // self.length)
+
+    def of_step(self, step: int) -> int:
+        return (step - self.start) // self.length
+
+    def bounds(self, segment: int) -> tuple[int, int]:
+        """First step of a segment, and the first one after it."""
+        first = self.start + segment * self.length
+        return first, min(first + self.length, self.stop)
+
+    def owners(self, segment: int, world_size: int) -> tuple[int, ...]:
+        """Rank that computes each lane in this segment."""
+        first_block = max(0, segment - 1) * self.lanes
+        return tuple((first_block + lane) % world_size for lane in range(self.lanes))

@@ -1,0 +1,1 @@
+"""Training: the driver, the worker's loop, the step, checkpoints and metrics."""
