@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from raygpt.cli import run_job
+from raygpt.cli import parse, run_job
 from raygpt.data.corpus import SPLITS
 from raygpt.data.prepare import Summary, prepare
 
@@ -77,7 +77,7 @@ def table(summary: Summary) -> Table:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = parse(Arguments, __doc__)
     summary = prepare(
         list(arguments.input),
         arguments.output,
