@@ -17,10 +17,10 @@ os.environ.update(
 os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)
 os.environ.pop("RAY_ADDRESS", None)  # never run tests on somebody's cluster
 
-import pytest  # noqa: E402
+import pytest
 
-from raygpt.data.corpus import Corpus, open_corpus  # noqa: E402
-from raygpt.data.prepare import prepare  # noqa: E402
+from raygpt.data.corpus import Corpus, open_corpus
+from raygpt.data.prepare import prepare
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
