@@ -42,7 +42,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("train.steps", 0, "train.steps must be above 0, got 0"),
     ("train.log_every", 0, "train.log_every must be above 0, got 0"),
     ("train.eval_every", -1, "train.eval_every must not be negative, got -1"),
-    ("train.eval_tokens", 0, "train.eval_tokens must be above 0, got 0"),
+    ("train.eval_tokens", -1, "train.eval_tokens must"),
     ("train.checkpoint_every", 0, "train.checkpoint_every must be above 0, got 0"),
     ("train.sample_tokens", -1, "train.sample_tokens must not be negative, got -1"),
     ("scale.workers", "0", "scale.workers must be N or MIN:MAX, got '0'"),
