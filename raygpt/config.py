@@ -168,7 +168,7 @@ class TrainConfig:
     eval_every: int = 250
     """Steps between validations; 0 validates at the end only."""
     eval_tokens: int = 1_048_576
-    """Tokens of the fixed validation set; the split is cut to it."""
+    """Tokens of the fixed validation set; the split is cut to it. 0: no validation."""
     checkpoint_every: int = 250
     """Steps between checkpoints; one is always written at the end."""
     sample_prompt: str = "\n"
@@ -177,10 +177,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(
-            "train", steps=self.steps, log_every=self.log_every, eval_tokens=self.eval_tokens,
+            "train", steps=self.steps, log_every=self.log_every,
             checkpoint_every=self.checkpoint_every,
         )  # fmt: skip
-        _not_negative("train", eval_every=self.eval_every, sample_tokens=self.sample_tokens)
+        _not_negative("train", eval_every=self.eval_every, sample_tokens=self.sample_tokens, eval_tokens=self.eval_tokens)
 
 
 @dataclass(frozen=True)

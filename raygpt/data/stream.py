@@ -74,12 +74,10 @@ class WindowSource(Datasource):
 def window_dataset(plan: ReadPlan, segments: Segments, token_bytes: int) -> Dataset:
     """The dataset of all blocks after segment 0."""
     blocks = max(0, segments.count - 1) * plan.lanes
-    if not blocks:
-        return ray.data.from_arrow(_SCHEMA.empty_table())
     return ray.data.read_datasource(
         WindowSource(plan, segments, token_bytes),
         num_cpus=READER_CPUS,
-        override_num_blocks=blocks,
+        override_num_blocks=max(1, blocks),
     )
 
 

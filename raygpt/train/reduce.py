@@ -20,7 +20,7 @@ from functools import lru_cache
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 Node = tuple[int, int]
@@ -77,7 +77,7 @@ class _Exchange:
     buffer: Tensor
     sent: Tensor
     received: Tensor
-    work: dist.Work | None
+    work: dist.Work
 
 
 @dataclass(frozen=True)
@@ -158,18 +158,20 @@ class GradientSum:
     def _hook(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         plan, buffer = self._plan, bucket.buffer()
         indices = [self._index[id(p)] for p in bucket.parameters()]
-        views = bucket.gradients()
+        views = bucket.gradients()  # of the buffer
         last = plan.lanes[-1]
         for node in plan.forest.merges[last]:
             torch._foreach_add_(views, [self._waiting[node][i] for i in indices])
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(buffer)
+        if plan.world_size == 1:
+            return future  # the forest is one tree: the buffer holds the whole sum
         earlier = [
             torch.cat([self._waiting[node][i].reshape(-1) for i in indices])
             for node in plan.forest.roots
             if node != plan.forest.nodes[last]
         ]
         self._start(buffer, earlier)
-        future: torch.futures.Future[Tensor] = torch.futures.Future()
-        future.set_result(buffer)
         return future
 
     def _start(self, buffer: Tensor, earlier: list[Tensor]) -> None:
@@ -181,9 +183,6 @@ class GradientSum:
         plan = self._plan
         size, tail = divmod(len(buffer), plan.world_size)
         mine = [*earlier, buffer]  # as in plan.forest.roots: the last lane's node comes last
-        if plan.world_size == 1:
-            self._exchanges.append(_Exchange(buffer, buffer, torch.stack(mine), None))
-            return
         if len(mine) == 1 and not tail:
             sent = buffer.view(plan.world_size, 1, size)
         else:
@@ -213,17 +212,13 @@ class GradientSum:
         nodes = [node for parts in plan.parts for node in parts]
         gathers = []
         for exchange in self._exchanges:
-            if exchange.work is not None:
-                exchange.work.wait()
+            exchange.work.wait()
             total = tree_sum(dict(zip(nodes, exchange.received, strict=True)), len(plan.owners))
-            if plan.world_size == 1:
-                exchange.buffer.copy_(total)
-                continue
             size = len(exchange.buffer) // plan.world_size
             whole = plan.world_size * size
             exchange.buffer[whole:] = total[size:]
             gathers.append(
-                dist.all_gather_into_tensor(
+                dist.all_gather_single(
                     exchange.buffer[:whole], total[:size], async_op=True
                 )
             )
@@ -232,8 +227,3 @@ class GradientSum:
         self._exchanges.clear()
         self._waiting.clear()
 
-
-def bare(model: nn.Module) -> nn.Module:
-    """The module inside DDP and torch.compile wrappers."""
-    module = model.module if isinstance(model, DistributedDataParallel) else model
-    return getattr(module, "_orig_mod", module)

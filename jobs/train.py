@@ -1,0 +1,22 @@
+"""Train a model, from text to checkpoints; submit it again and it goes on.
+
+    python jobs/train.py [PRESET] [--config FILE] [--dry-run] [--SECTION.FIELD VALUE ...]
+
+Runs alone on one machine, or on a cluster with ``ray job submit --working-dir . --``.
+"""
+
+import sys
+
+from raygpt.cli import run_job
+from raygpt.settings import load_settings
+
+
+def main() -> None:
+    config, dry_run = load_settings(sys.argv[1:], __doc__)
+    from raygpt.train.driver import run  # torch and Ray take seconds to import; mistakes need not
+
+    run(config, dry_run)
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,178 @@
+"""The one place that chooses devices, precision and kernels.
+
+NVIDIA GPUs and CPUs; what it gives up: other accelerators, and several GPUs for one worker.
+"""
+
+import contextlib
+import os
+import platform
+import warnings
+from typing import Literal
+
+import torch
+
+from raygpt.config import Precision
+from raygpt.errors import UserError
+
+PEAK_TFLOPS: dict[str, dict[torch.dtype, float]] = {
+    # Dense peaks from NVIDIA's data sheets; fp32 through TF32 where there is TF32.  The first
+    # entry whose words are all in the GPU's name is taken, so special names come first.
+    "B200": {torch.bfloat16: 2250.0, torch.float32: 1125.0},
+    "H200 NVL": {torch.bfloat16: 835.5, torch.float32: 417.5},
+    "H200": {torch.bfloat16: 989.5, torch.float32: 494.7},
+    "H100 PCIe": {torch.bfloat16: 756.0, torch.float32: 378.0},
+    "H100 NVL": {torch.bfloat16: 835.5, torch.float32: 417.5},
+    "H100": {torch.bfloat16: 989.5, torch.float32: 494.7},
+    "A100": {torch.bfloat16: 312.0, torch.float32: 156.0},
+    "A40": {torch.bfloat16: 149.7, torch.float32: 74.8},
+    "A10G": {torch.bfloat16: 70.0, torch.float32: 35.0},
+    "A10": {torch.bfloat16: 125.0, torch.float32: 62.5},
+    "L40S": {torch.bfloat16: 362.0, torch.float32: 183.0},
+    "L4": {torch.bfloat16: 121.0, torch.float32: 60.0},
+    "V100 PCIE": {torch.float32: 14.0},
+    "V100": {torch.float32: 15.7},
+    "T4": {torch.float32: 8.1},
+    "RTX 4090": {torch.bfloat16: 165.2, torch.float32: 82.6},
+    "RTX 3090": {torch.bfloat16: 71.0, torch.float32: 35.6},
+}
+
+
+def worker_device(gpus_per_worker: int) -> torch.device:
+    """The device of this Ray Train worker, made torch's current one.
+
+    Workers of one node see all GPUs of that node's workers; Ray knows which is whose.
+
+    Raises:
+        UserError: a GPU was asked for, but torch sees none.
+    """
+    if not gpus_per_worker:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "scale.gpus_per_worker is 1, but torch finds no GPU on this node; install a CUDA "
+            "build of torch there, or set --scale.gpus_per_worker 0"
+        )
+    import ray.train.torch  # here, so that jobs without Ray start fast
+
+    device = ray.train.torch.get_device()
+    torch.cuda.set_device(device)
+    return device
+
+
+def local_device() -> torch.device:
+    """The device of a job without workers: the first GPU, if there is one."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def backend(device: torch.device) -> Literal["nccl", "gloo"]:
+    """The torch.distributed backend."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def set_up(device: torch.device, threads: int, exact: bool) -> None:
+    """Threads, TF32 and determinism of this process; call before the first kernel.
+
+    Args:
+        threads: CPU threads of kernels; part of the numbers, since it changes sums.
+        exact: deterministic kernels on a GPU, at some cost; on a CPU they always are, since
+            there they cost nothing that could be measured.
+    """
+    torch.set_num_threads(threads)
+    deterministic = exact or device.type == "cpu"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32; GPUs without it ignore this
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(deterministic)
+    # Else torch fills every new tensor with NaN first, to make reads of it repeatable.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products.
+
+    ``auto`` is bf16 on GPUs that have it, and on CPUs with AMX or AVX512-BF16; elsewhere bf16
+    is emulated and many times slower than fp32.
+
+    Raises:
+        UserError: bf16 was asked for on a GPU that lacks it.
+    """
+    if precision == "fp32":
+        return torch.float32
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = _cpu_bf16() is not None
+    if precision == "bf16" and not has_bf16:
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+            raise UserError(f"{name} has no bf16; set --train.precision fp32")
+        warnings.warn(f"{cpu_kind()} has no bf16 and emulates it; fp32 is faster", stacklevel=2)
+        return torch.bfloat16
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
+    """Matrix products in ``dtype``; nothing for fp32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense peak FLOP/s of a GPU by its data sheet; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    return peak_flops_of(torch.cuda.get_device_name(device), dtype)
+
+
+def peak_flops_of(name: str, dtype: torch.dtype) -> float | None:
+    """Dense peak FLOP/s of the GPU called ``name``, as torch spells it; None if not known."""
+    words = name.upper().replace("-", " ").split()
+    for kind, peaks in PEAK_TFLOPS.items():
+        if all(word in words for word in kind.upper().split()):
+            return peaks[dtype] * 1e12 if dtype in peaks else None
+    return None
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory of the GPU, or of the machine as far as this container may use it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as file:
+        memory = min(memory, int(file.read()))  # "max" is no number: there is no limit
+    return memory
+
+
+def describe(device: torch.device) -> str:
+    """The device in a few words: the GPU's name, or the kind of CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_kind()
+
+
+def cpu_kind() -> str:
+    """Vendor and widest instruction set in use, such as ``amd-avx512_bf16`` or ``amd-avx2``.
+
+    What the last bits of CPU sums depend on; names recorded losses.
+    """
+    vendor = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}.get(_cpu_vendor())
+    capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "_")
+    if capability == "avx512":
+        capability = _cpu_bf16() or capability
+    return f"{vendor or platform.machine().lower()}-{capability}"
+
+
+def _cpu_bf16() -> str | None:
+    """The instruction set that multiplies bf16 matrices, if this CPU has one."""
+    capabilities = torch.cpu.get_capabilities()
+    return next((c for c in ("amx_bf16", "avx512_bf16") if capabilities.get(c)), None)
+
+
+def _cpu_vendor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name.strip() == "vendor_id":
+                return value.strip()
+    return ""

@@ -1,0 +1,268 @@
+"""The driver: checks everything, starts the Ray Train job, shows it, says what came out."""
+
+import contextlib
+import json
+import math
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.data import Dataset
+from ray.train.torch import TorchConfig, TorchTrainer
+from rich.console import Console
+
+from raygpt import device as devices
+from raygpt.config import Config, to_dict
+from raygpt.data.stream import READER_CPUS, StreamConfig, window_dataset
+from raygpt.data.tokenizer import load_tokenizer
+from raygpt.errors import UserError
+from raygpt.generate import generate
+from raygpt.storage import Folder
+from raygpt.train import state
+from raygpt.train.console import Follower, table
+from raygpt.train.job import Job, check_identity, derived, resolve
+from raygpt.train.progress import METRICS, TENSORBOARD, read_json_lines
+from raygpt.train.worker import segments_from, train_worker
+
+CONFIG = "config.json"
+SAMPLES = "samples.txt"
+MAX_FAILURES_WITHOUT_A_CHECKPOINT = 3
+_RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+_SAMPLE_TOP_K = 50
+
+
+def run(config: Config, dry_run: bool = False) -> None:
+    """Train a run to its end, from where it stands; the whole of ``jobs/train.py``.
+
+    Raises:
+        UserError: a setting, the corpus, the storage, the cluster or an earlier part of the run
+            is not as it must be; nothing was trained or written over.
+    """
+    console = Console()
+    if not dry_run:
+        Folder.from_path(config.run.storage).check_writable()
+    job = resolve(config)
+    checkpoint = _find_checkpoint(job, console)
+    rows = derived(job)
+    if checkpoint is not None:
+        rows["resumed from"] = f"{checkpoint.folder} (step {checkpoint.position.step:,})"
+    console.print(table("Plan", rows))
+    if dry_run:
+        return
+
+    step = checkpoint.position.step if checkpoint else 0
+    if step < config.train.steps:
+        job = _on_cluster(job)
+        job.run.write_bytes(CONFIG, _config_json(job))
+        began = time.monotonic()
+        with Follower(job.run, console, step, config.train.steps, config.train.log_every):
+            _fit(job)
+        seconds = time.monotonic() - began
+    else:
+        console.print(f"{job.run} is finished: all {step:,} steps are done")
+        seconds = 0.0
+    _conclude(job, console, step, seconds)
+
+
+def _find_checkpoint(job: Job, console: Console) -> state.Checkpoint | None:
+    """The checkpoint to go on from, once it is sure that the run may go on."""
+    try:
+        earlier = json.loads(job.run.read_bytes(CONFIG))
+    except FileNotFoundError:
+        if state.steps_of(job.run):
+            raise UserError(
+                f"{job.run} has checkpoints but no {CONFIG}; restore it, or give another --run.name"
+            ) from None
+        return None
+    except ValueError as error:
+        raise UserError(f"{job.run.child(CONFIG)} is damaged: {error}; restore it") from error
+    check_identity(job, earlier.get("identity", {}))
+    return state.latest(
+        job.run, lambda text: console.print(f"warning: {text}", highlight=False, soft_wrap=True)
+    )
+
+
+def _config_json(job: Job) -> bytes:
+    """Every setting, resolved, and what follows from them."""
+    settings = {**to_dict(job.config), **job.metadata(), "derived": derived(job)}
+    return json.dumps(settings, indent=1).encode()
+
+
+def _on_cluster(job: Job) -> Job:
+    """Connect to Ray, or start it here; settle GPUs; check that workers and readers fit.
+
+    Raises:
+        UserError: the cluster is too small; says what it has.
+    """
+    if not ray.is_initialized():
+        with contextlib.suppress(ConnectionError):
+            ray.init(
+                address=None, logging_level="ERROR", log_to_driver=False, include_dashboard=None
+            )
+    if not ray.is_initialized():
+        raise UserError("no Ray cluster answers at RAY_ADDRESS; start one, or unset RAY_ADDRESS")
+    scale = job.config.scale
+    total = ray.cluster_resources()
+    gpus = scale.gpus_per_worker
+    if gpus is None:
+        gpus = int(total.get("GPU", 0) >= 1)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = 0
+    for node in nodes:
+        fits = math.floor(node.get("CPU", 0) / scale.cpus_per_worker + 1e-9)
+        room += min(fits, math.floor(node.get("GPU", 0))) if gpus else fits
+    if room < scale.min_workers:
+        has = ", ".join(
+            f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes
+        )
+        raise UserError(
+            f"scale.workers {scale.workers}: the cluster has room for {room} workers of "
+            f"{scale.cpus_per_worker:g} CPUs and {gpus} GPUs (its nodes have {has}); lower "
+            "scale.workers or scale.cpus_per_worker, or add nodes"
+        )
+    scale = replace(scale, gpus_per_worker=gpus)
+    return replace(job, config=replace(job.config, scale=scale))
+
+
+def _window_dataset(job: Job) -> Dataset:
+    """The stream from the latest checkpoint on; runs whenever a group of workers starts."""
+    checkpoint = state.latest(job.run)
+    start = checkpoint.position.step if checkpoint else 0
+    return window_dataset(job.plan, segments_from(job, start), job.token_bytes)
+
+
+class _StopOnMistakes(ray.train.UserCallback):
+    """Ends a run that restarts cannot help; runs in Ray Train's controller.
+
+    Everything else is restarted from the latest checkpoint, as often as it takes.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._failures = 0
+        self._steps: list[int] = []
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            mistake = find_user_error(error)
+            if mistake is not None:
+                raise mistake
+        steps = state.steps_of(self._job.run)
+        self._failures = self._failures + 1 if steps == self._steps else 1
+        self._steps = steps
+        if self._failures > MAX_FAILURES_WITHOUT_A_CHECKPOINT:
+            raise next(iter(worker_exceptions.values()))
+
+
+def find_user_error(error: BaseException | None) -> UserError | None:
+    """The UserError that an exception of Ray carries, however deep; None if there is none."""
+    todo, seen = [error], set[int]()
+    while todo:
+        found = todo.pop()
+        if not isinstance(found, BaseException) or id(found) in seen:
+            continue
+        if isinstance(found, UserError):
+            return found
+        seen.add(id(found))
+        todo += [found.__cause__, found.__context__]
+        todo += [getattr(found, name, None) for name in ("cause", "controller_failure", "_base_exc")]
+        todo += getattr(found, "worker_failures", {}).values()
+    return None
+
+
+def _fit(job: Job) -> None:
+    """Run the workers to the end of the run.
+
+    Raises:
+        UserError: a worker met one.
+        ray.train.TrainingFailedError: anything else that restarts did not cure.
+    """
+    config = job.config
+    scale = config.scale
+    # Ray Train would insist that all checkpoints of its own list are still there.
+    job.run.delete_file(_RAY_SNAPSHOT)
+    worker_cpus = scale.cpus_per_worker - READER_CPUS  # what is left is for the read tasks
+    device = torch.device("cuda" if scale.gpus_per_worker else "cpu")
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend=devices.backend(device)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scale.max_workers,
+            use_gpu=bool(scale.gpus_per_worker),
+            resources_per_worker={
+                "CPU": worker_cpus,
+                **({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {}),
+            },
+        ),
+        datasets={"train": partial(_window_dataset, job)},
+        dataset_config=StreamConfig(),
+        run_config=ray.train.RunConfig(
+            name=config.run.name,
+            storage_path=Folder.from_path(config.run.storage).uri,
+            failure_config=ray.train.FailureConfig(max_failures=-1),
+            callbacks=[_StopOnMistakes(job)],
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        mistake = find_user_error(error)
+        if mistake is not None:
+            raise mistake from None
+        raise
+
+
+def _conclude(job: Job, console: Console, first_step: int, seconds: float) -> None:
+    """The table at a run's end, and a sample."""
+    checkpoint = state.latest(job.run)
+    if checkpoint is None:
+        raise UserError(f"{job.run} has no finished checkpoint after training")
+    position = checkpoint.position
+    rows = read_json_lines(job.run, METRICS)
+    trained = position.tokens - job.schedule.tokens_before(first_step)
+    result = {
+        "steps": f"{position.step:,}, {position.skipped} skipped",
+        "tokens": f"{position.tokens:,}",
+        "training loss": f"{rows[-1]['loss']:.6f}" if rows and rows[-1]["loss"] else "-",
+        "validation loss": _loss(position.val_loss),
+        "best validation loss": _loss(position.best_val_loss),
+        "time": f"{seconds:.1f} s",
+        "tokens a second": f"{trained / seconds:,.2f} (start of Ray included)" if seconds else "-",
+        "weights sha256": checkpoint.weights_sha256,
+        "run": str(job.run),
+        "checkpoint": checkpoint.folder.split()[1],
+        "TensorBoard": f"tensorboard --logdir {job.run.child(TENSORBOARD)}",
+    }
+    console.print(table("Result", result))
+    if job.config.train.sample_prompt:
+        text = _sample(job, checkpoint)
+        console.print(f"Sample at step {position.step}:", highlight=False)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6f} nats a token"
+
+
+def _sample(job: Job, checkpoint: state.Checkpoint) -> str:
+    """A sample of the final model; added to the run's samples.txt."""
+    loaded = state.load_model(checkpoint.folder.uri)
+    tokenizer = load_tokenizer(loaded.tokenizer_name)
+    prompt = torch.tensor([tokenizer.encode(job.config.train.sample_prompt).astype("int64")])
+    generator = torch.Generator().manual_seed(job.config.train.seed)
+    length = prompt.shape[1] + job.config.train.sample_tokens
+    tokens = generate(loaded.model, prompt, length, top_k=_SAMPLE_TOP_K, generator=generator)
+    text = tokenizer.decode(tokens[0].tolist())
+    try:
+        earlier = job.run.read_bytes(SAMPLES)
+    except FileNotFoundError:
+        earlier = b""
+    entry = f"--- step {loaded.step}\n{text}\n".encode()
+    if entry not in earlier:
+        job.run.write_bytes(SAMPLES, earlier + entry)
+    return text

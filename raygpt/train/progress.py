@@ -1,0 +1,119 @@
+"""What a run says of itself: metrics.jsonl, events.jsonl and TensorBoard.
+
+Rank 0 writes, an object a step; each step stands in metrics.jsonl once, since a restart first
+takes out what the checkpoint does not know of.  ``events.jsonl`` has what happened beside the
+steps: starts, checkpoints, skipped steps.  What it gives up: TensorBoard files on object
+stores, and there the last seconds of metrics, since a file can only be written whole.
+"""
+
+import json
+import math
+import time
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from raygpt.storage import Folder
+
+METRICS, EVENTS, TENSORBOARD = "metrics.jsonl", "events.jsonl", "tensorboard"
+UPLOAD_SECONDS = 15.0
+_SCALARS = (
+    *("loss", "val_loss", "lr", "grad_norm"),
+    *("step_ms", "tokens_per_s", "mfu", "data_wait_ms", "world_size", "skipped"),
+)
+
+
+class JsonLines:
+    """A file of JSON objects that only grows; UserError where it cannot be written.
+
+    Args:
+        kept: objects to begin with; they replace what the file had.
+    """
+
+    def __init__(self, folder: Folder, name: str, kept: list[dict[str, Any]]) -> None:
+        self._folder, self._name = folder, name
+        self._data = bytearray().join(_line(value) for value in kept)
+        folder.write_bytes(name, bytes(self._data))
+        local = not folder.root
+        self._file = open(folder.child(name).path, "ab") if local else None  # noqa: SIM115
+        self._uploaded = time.monotonic()
+
+    def add(self, value: dict[str, Any]) -> None:
+        line = _line(value)
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+            return
+        self._data += line
+        if time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make what was added visible to others."""
+        if self._file is None:
+            self._folder.write_bytes(self._name, bytes(self._data))
+            self._uploaded = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+class RunLog:
+    """The files of a run's progress, from ``step`` on.
+
+    Args:
+        step: the first step of this start; earlier steps are kept, later ones taken out.
+    """
+
+    def __init__(self, run: Folder, step: int) -> None:
+        kept = [row for row in read_json_lines(run, METRICS) if row["step"] < step]
+        self._metrics = JsonLines(run, METRICS, kept)
+        self._events = JsonLines(run, EVENTS, read_json_lines(run, EVENTS))
+        self._board: SummaryWriter | None = None
+        if not run.root:
+            self._board = SummaryWriter(
+                run.child(TENSORBOARD).path, purge_step=step, flush_secs=10
+            )
+
+    def step(self, row: dict[str, Any], board: bool) -> None:
+        """Write a step's metrics; to TensorBoard only where ``board``."""
+        row = {k: _finite(value) for k, value in row.items()}
+        self._metrics.add(row)
+        if self._board is not None and (board or "val_loss" in row):
+            for name in _SCALARS:
+                if row.get(name) is not None:
+                    self._board.add_scalar(name, row[name], row["step"])
+
+    def event(self, kind: str, step: int, text: str) -> None:
+        """Write that something happened before step ``step``."""
+        self._events.add({"step": step, "kind": kind, "time": round(time.time(), 3), "text": text})
+
+    def flush(self) -> None:
+        self._metrics.flush()
+        self._events.flush()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._events.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_json_lines(folder: Folder, name: str) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; a last line that was cut off is left out."""
+    try:
+        data = folder.read_bytes(name)
+    except FileNotFoundError:
+        return []
+    lines = data.split(b"\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,302 @@
+"""Checkpoints: everything a run needs to go on, without code in it, whole or absent.
+
+``<run>/checkpoint_<step>/`` holds ``model.safetensors``, ``optimizer.safetensors`` and
+``checkpoint.json``, which is written last and deleted first: it names the others with their
+sizes and sha256.  A checkpoint of step k is the state before step k: k steps are done.
+
+What it gives up: writing in the background and in shares.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from raygpt import __version__
+from raygpt.config import Config, from_dict
+from raygpt.errors import UserError
+from raygpt.model import GPT
+from raygpt.storage import Folder
+
+METADATA = "checkpoint.json"
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+FORMAT_VERSION = 1
+PREFIX = "checkpoint_"
+KEEP_LATEST = 2
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not whole; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands, and all that its decisions depend on."""
+
+    step: int = 0
+    """Steps done; the next step's number."""
+    tokens: int = 0
+    """Targets seen."""
+    skipped: int = 0
+    """Steps whose loss or norm was not finite."""
+    skipped_in_a_row: int = 0
+    val_loss: float | None = None
+    """Validation loss of exactly these weights, if measured."""
+    best_val_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: its folder, position and metadata."""
+
+    folder: Folder
+    position: Position
+    metadata: dict[str, Any]
+
+    @property
+    def weights_sha256(self) -> str:
+        return self.metadata["files"][MODEL]["sha256"]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of :data:`MODEL` or :data:`OPTIMIZER`, on the CPU.
+
+        Raises:
+            DamagedCheckpoint: the file has changed since it was verified.
+        """
+        data = _read_file(self.folder, name, self.metadata["files"][name])
+        try:
+            return safetensors.torch.load(data)
+        except safetensors.SafetensorError as error:
+            raise DamagedCheckpoint(f"{self.folder.child(name)} is damaged: {error}") from error
+
+
+def checkpoint_name(step: int) -> str:
+    return f"{PREFIX}{step:08d}"
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Each parameter once, tied ones under their first name."""
+    return dict(model.named_parameters())
+
+
+def save(
+    run: Folder,
+    position: Position,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    metadata: dict[str, Any],
+) -> Checkpoint:
+    """Write ``checkpoint_<step>`` of a run, replacing an unfinished or damaged one.
+
+    Args:
+        metadata: JSON values to keep beside the position: the settings, the corpus.
+
+    Raises:
+        UserError: the storage refuses a write.
+    """
+    folder = run.child(checkpoint_name(position.step))
+    folder.delete_file(METADATA)
+    parameters = named_parameters(model)
+    states = {
+        f"{key}.{name}": torch.as_tensor(value)
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    files = {}
+    for file, tensors in ((MODEL, parameters), (OPTIMIZER, states)):
+        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        data = safetensors.torch.save(plain)
+        folder.write_bytes(file, data)
+        files[file] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    content = {
+        "format": FORMAT_VERSION,
+        "raygpt": __version__,
+        "position": asdict(position),
+        "files": files,
+        **metadata,
+    }
+    for file, entry in files.items():
+        if folder.size(file) != entry["size"]:
+            raise UserError(f"{folder.child(file)} was cut short while it was written")
+    folder.write_bytes(METADATA, json.dumps(content, indent=1).encode())
+    return Checkpoint(folder, position, content)
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's weights and optimizer state in place.
+
+    Raises:
+        UserError: the tensors are not those of this model.
+    """
+    parameters = named_parameters(model)
+    _copy_weights(checkpoint, parameters)
+    number = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+    states: dict[int, dict[str, Tensor]] = {}
+    for full_name, tensor in checkpoint.tensors(OPTIMIZER).items():
+        key, _, name = full_name.partition(".")
+        if name not in parameters:
+            raise UserError(f"{checkpoint.folder.child(OPTIMIZER)} has a state of {name!r}, "
+                            "which the model has not; start a run of another name")  # fmt: skip
+        states.setdefault(number[id(parameters[name])], {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+
+
+def _copy_weights(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter]) -> None:
+    tensors = checkpoint.tensors(MODEL)
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    wanted = {name: tuple(p.shape) for name, p in parameters.items()}
+    if shapes != wanted:
+        odd = sorted(set(shapes.items()) ^ set(wanted.items()))[0][0]
+        raise UserError(
+            f"{checkpoint.folder.child(MODEL)} does not fit the model: {odd} has shape "
+            f"{shapes.get(odd)} there and {wanted.get(odd)} here"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def steps_of(run: Folder) -> list[int]:
+    """The steps that have a checkpoint folder, finished or not, in order."""
+    tails = [name.removeprefix(PREFIX) for name in run.list() if name.startswith(PREFIX)]
+    return sorted(int(tail) for tail in tails if tail.isdigit())
+
+
+def open_checkpoint(folder: Folder) -> Checkpoint:
+    """Read a checkpoint's metadata and verify every byte of its files.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, cut or changed; names it.
+        FileNotFoundError: there is no metadata: it was never finished.
+    """
+    data = folder.read_bytes(METADATA)
+    where = folder.child(METADATA)
+    try:
+        metadata = json.loads(data)
+        if metadata["format"] != FORMAT_VERSION:
+            raise UserError(
+                f"{where} has format {metadata['format']}; this raygpt reads {FORMAT_VERSION}"
+            )
+        position = Position(**metadata["position"])
+        entries = {name: metadata["files"][name] for name in (MODEL, OPTIMIZER)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{where} is damaged: {type(error).__name__}: {error}") from error
+    for name, entry in entries.items():
+        _read_file(folder, name, entry)
+    return Checkpoint(folder, position, metadata)
+
+
+def _read_file(folder: Folder, name: str, entry: dict[str, Any]) -> bytes:
+    try:
+        data = folder.read_bytes(name)
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{folder.child(name)} is missing") from error
+    if len(data) != entry["size"]:
+        raise DamagedCheckpoint(
+            f"{folder.child(name)} is damaged: {len(data)} bytes instead of {entry['size']}"
+        )
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise DamagedCheckpoint(f"{folder.child(name)} is damaged: its sha256 does not match")
+    return data
+
+
+def valid_checkpoints(run: Folder, say: Callable[[str], None]) -> Iterator[Checkpoint]:
+    """The whole checkpoints of a run, newest first; each damaged one is said and passed over."""
+    for step in reversed(steps_of(run)):
+        folder = run.child(checkpoint_name(step))
+        try:
+            yield open_checkpoint(folder)
+        except FileNotFoundError:
+            say(f"{folder} was never finished; using the checkpoint before it")
+        except DamagedCheckpoint as error:
+            say(f"{error}; using the checkpoint before it")
+
+
+def latest(run: Folder, say: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
+    """The newest whole checkpoint of a run; None if there is no finished one.
+
+    Raises:
+        UserError: there are finished checkpoints, but every one is damaged.
+    """
+    found = next(valid_checkpoints(run, say), None)
+    if found is None:
+        damaged = [s for s in steps_of(run) if run.child(checkpoint_name(s)).exists(METADATA)]
+        if damaged:
+            names = ", ".join(checkpoint_name(step) for step in damaged)
+            raise UserError(
+                f"every checkpoint of {run} is damaged ({names}); restore one, or delete them to "
+                "start from step 0"
+            )
+    return found
+
+
+def prune(run: Folder, newest: Checkpoint) -> None:
+    """Delete all checkpoints but the latest two and the best one; metadata goes first."""
+    finished = [
+        step
+        for step in steps_of(run)
+        if step <= newest.position.step and run.child(checkpoint_name(step)).exists(METADATA)
+    ]
+    measured = [p for p in (_position(run, step) for step in finished) if p.val_loss is not None]
+    best = min(measured, key=lambda p: (p.val_loss, -p.step), default=newest.position)
+    keep = {*finished[-KEEP_LATEST:], best.step}
+    for step in steps_of(run):
+        if step < newest.position.step and step not in keep:
+            folder = run.child(checkpoint_name(step))
+            folder.delete_file(METADATA)
+            folder.delete()
+
+
+def _position(run: Folder, step: int) -> Position:
+    try:
+        content = json.loads(run.child(checkpoint_name(step)).read_bytes(METADATA))
+        return Position(**content["position"])
+    except (ValueError, KeyError, TypeError, FileNotFoundError):
+        return Position(step)  # damaged: neither best nor in the way
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that was read from a checkpoint: on the CPU, fp32, in eval mode."""
+
+    model: GPT
+    tokenizer_name: str
+    step: int
+    path: str
+    config: Config
+
+
+def load_model(path: str, say: Callable[[str], None] = lambda _: None) -> LoadedModel:
+    """The model of a checkpoint folder, or of a run's folder (its best, else its latest).
+
+    Raises:
+        UserError: there is no checkpoint, or none that is whole.
+    """
+    folder = Folder.from_path(path)
+    if folder.exists(METADATA):
+        checkpoint = open_checkpoint(folder)
+    else:
+        found = list(valid_checkpoints(folder, say))
+        if not found:
+            raise UserError(
+                f"no checkpoint in {folder}; give the folder of a run or of a checkpoint_*"
+            )
+        measured = [c for c in found if c.position.val_loss is not None]
+        checkpoint = min(measured, key=lambda c: c.position.val_loss or 0.0, default=found[0])
+    metadata = checkpoint.metadata
+    try:
+        config = from_dict(metadata["settings"])
+        tokenizer, n_vocab = metadata["corpus"]["tokenizer"], metadata["corpus"]["n_vocab"]
+    except KeyError as error:
+        raise DamagedCheckpoint(f"{checkpoint.folder.child(METADATA)} lacks {error}") from error
+    model = GPT(config.model, n_vocab)
+    _copy_weights(checkpoint, named_parameters(model))
+    return LoadedModel(
+        model.eval(), tokenizer, checkpoint.position.step, checkpoint.folder.uri, config
+    )

@@ -1,0 +1,150 @@
+"""One optimizer step: accumulate each lane, sum over lanes, clip, update.
+
+The numbers depend on the windows, the weights, ``batch.micro`` and the step, never on the
+number of workers: see ``reduce.py`` for the sum over lanes.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raygpt import device as devices
+from raygpt.data.stream import StepWindows
+from raygpt.optim import set_lr
+from raygpt.train.reduce import GradientSum, ReducePlan, reduce_plan
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did; equal on every worker."""
+
+    loss: float
+    """Mean cross entropy over the global batch, nats a token, before the update."""
+    grad_norm: float
+    """L2 norm of the gradient before clipping."""
+    batch_hash: str
+    """Hash of the step's windows, lane after lane; does not depend on W."""
+    skipped: bool
+    """Loss or norm was not finite: the weights were left as they are."""
+
+
+class Stepper:
+    """Takes optimizer steps on this worker's lanes.
+
+    Args:
+        model: the network, compiled or not; earlier lanes run on it without DDP.
+        ddp: the same network under DistributedDataParallel; the last lane runs on it.
+        dtype: of autocast; ``torch.float32`` for none.
+        seed: with step and lane, the key of dropout.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ddp: DistributedDataParallel,
+        optimizer: torch.optim.Optimizer,
+        *,
+        lanes: int,
+        micro: int,
+        grad_clip: float,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> None:
+        self._model, self._ddp, self._optimizer = model, ddp, optimizer
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._gradients = GradientSum(ddp)
+        self._lanes, self._micro, self._grad_clip = lanes, micro, grad_clip
+        self._device, self._dtype, self._seed = device, dtype, seed
+
+    def step(self, batch: StepWindows, owners: tuple[int, ...], lr: float) -> StepResult:
+        """Forward, backward, sum, clip and update for one global batch.
+
+        Args:
+            batch: this worker's windows of the step.
+            owners: the rank that computes each lane; equal on every worker.
+            lr: learning rate of the update.
+        """
+        plan = reduce_plan(owners, dist.get_rank(), dist.get_world_size())
+        self._gradients.begin(plan)
+        losses = torch.zeros(self._lanes, dtype=torch.float64, device=self._device)
+        for lane in plan.lanes:
+            torch.manual_seed(_dropout_seed(self._seed, batch.step, lane))
+            last = lane == plan.lanes[-1]
+            losses[lane] = self._accumulate(batch.lanes[lane], exchange=last)
+            if not last:
+                self._gradients.add_lane(lane)
+        self._gradients.finish()
+
+        lane_losses, batch_hash = self._share(plan, batch, losses)
+        loss = math.fsum(lane_losses) / self._lanes
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm_tensor = torch.nn.utils.get_total_norm(gradients)
+        norm = norm_tensor.item()
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        if not skipped:
+            if self._grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(
+                    self._parameters, self._grad_clip, norm_tensor
+                )
+            set_lr(self._optimizer, lr)
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, norm, batch_hash, skipped)
+
+    def _accumulate(self, windows: np.ndarray, exchange: bool) -> Tensor:
+        """Forward and backward over a lane's micro-batches, in order; returns the lane's loss.
+
+        The gradient of the mean over all lanes: each micro-batch counts with its share of the
+        lane's windows, each lane with 1 / L, a power of two and so exact.
+        """
+        micros = torch.from_numpy(windows.astype(np.int64)).to(self._device).split(self._micro)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for i, micro in enumerate(micros):
+            share = len(micro) / len(windows)
+            forward = self._ddp if exchange and i == len(micros) - 1 else self._model
+            with devices.autocast(self._device, self._dtype):
+                loss = forward(micro[:, :-1], micro[:, 1:])
+            (loss * (share / self._lanes)).backward()
+            total += loss.detach().double() * share
+        return total
+
+    def _share(
+        self, plan: ReducePlan, batch: StepWindows, losses: Tensor
+    ) -> tuple[list[float], str]:
+        """All lanes' losses and the batch's hash, on every worker.
+
+        One sum of integers: each lane has one owner, so everyone else adds zero bits.
+        """
+        hashes = torch.zeros(self._lanes, dtype=torch.int64)
+        for lane in plan.lanes:
+            hashes[lane] = lane_hash(batch.lanes[lane])
+        report = torch.cat([losses.view(torch.int64), hashes.to(self._device)])
+        dist.all_reduce(report)
+        report = report.cpu()
+        return report[: self._lanes].view(torch.float64).tolist(), batch_hash(
+            report[self._lanes :].tolist()
+        )
+
+
+def lane_hash(windows: np.ndarray) -> int:
+    """64 bits of BLAKE2b over a lane's windows of a step, as 32-bit little-endian tokens."""
+    digest = hashlib.blake2b(windows.astype("<u4").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def batch_hash(lane_hashes: list[int]) -> str:
+    """Hash of a global batch from its lanes' hashes, in lane order: 16 hex digits."""
+    data = b"".join(value.to_bytes(8, "little", signed=True) for value in lane_hashes)
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def _dropout_seed(seed: int, step: int, lane: int) -> int:
+    key = hashlib.blake2b(f"{seed}/{step}/{lane}".encode(), digest_size=8).digest()
+    return int.from_bytes(key, "little") >> 1

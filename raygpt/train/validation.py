@@ -1,0 +1,73 @@
+"""Validation loss on a fixed set, the same number for every W.
+
+The set is the first windows of the validation split, in corpus order, cut into blocks of fixed
+shape; worker r computes blocks r, r + W, ...; the blocks' sums are added in block order.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raygpt import device as devices
+from raygpt.data.corpus import Corpus
+from raygpt.data.order import windows_in
+from raygpt.data.reader import cut
+
+BLOCK_TOKENS = 16_384
+"""Targets of a block, at least one window; memory, not numbers, sets it, but numbers know it."""
+
+
+def validation_windows(corpus: Corpus, block_size: int, tokens: int) -> int:
+    """Windows of the fixed set: those of the split, but at most ``tokens`` targets."""
+    found = sum(windows_in(chunk.tokens, block_size) for chunk in corpus.chunks("val"))
+    return min(found, -(-tokens // block_size))
+
+
+class Validation:
+    """This worker's part of the fixed validation set, read once and kept.
+
+    Raises:
+        UserError: a shard is missing or damaged.
+    """
+
+    def __init__(
+        self, corpus: Corpus, block_size: int, tokens: int, rank: int, world_size: int
+    ) -> None:
+        self._count = validation_windows(corpus, block_size, tokens)
+        self._per_block = max(1, BLOCK_TOKENS // block_size)
+        self._block_size = block_size
+        blocks = range(-(-self._count // self._per_block))
+        self._block_count = len(blocks)
+        self._mine = {
+            block: self._read(corpus, block) for block in blocks if block % world_size == rank
+        }
+
+    def _read(self, corpus: Corpus, block: int) -> np.ndarray:
+        begin = block * self._per_block
+        end = min(begin + self._per_block, self._count)
+        parts, before = [], 0
+        for index, chunk in enumerate(corpus.chunks("val")):
+            size = windows_in(chunk.tokens, self._block_size)
+            first, last = max(begin - before, 0), min(end - before, size)
+            if first < last:
+                windows = np.arange(first, last)
+                parts.append(cut(corpus.read_chunk("val", index), windows, self._block_size))
+            before += size
+        return np.concatenate(parts)
+
+    @torch.no_grad()
+    def loss(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> float:
+        """Mean cross entropy, nats a token; every worker calls it and gets the same number."""
+        sums = torch.zeros(self._block_count, dtype=torch.float64, device=device)
+        model.eval()
+        for block, windows in self._mine.items():
+            tokens = torch.from_numpy(windows.astype(np.int64)).to(device)
+            with devices.autocast(device, dtype):
+                mean = model(tokens[:, :-1], tokens[:, 1:])
+            sums[block] = mean.double() * len(windows)
+        model.train()
+        dist.all_reduce(sums)  # each block has one owner; the others add zero
+        return math.fsum(sums.tolist()) / self._count

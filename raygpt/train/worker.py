@@ -1,0 +1,247 @@
+"""The training loop, as each worker runs it.
+
+Every worker holds the whole model, computes its lanes of each step and takes part in the same
+sums, so all hold the same weights at every step; rank 0 also writes what is to be kept.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import ray.train
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from raygpt import device as devices
+from raygpt.data.corpus import open_corpus
+from raygpt.data.order import Segments
+from raygpt.data.reader import WindowReader
+from raygpt.data.stream import StepWindows, lane_steps, stream_blocks
+from raygpt.errors import UserError
+from raygpt.model import GPT, flops_per_token
+from raygpt.optim import build_optimizer, lr_at
+from raygpt.train import state
+from raygpt.train.job import Job
+from raygpt.train.progress import RunLog
+from raygpt.train.state import Position
+from raygpt.train.step import Stepper, StepResult
+from raygpt.train.validation import Validation
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+def segments_from(job: Job, start: int) -> Segments:
+    """The segments of a group of workers that starts at a step; stream and workers agree."""
+    config = job.config
+    return Segments(start, config.train.steps, config.segment_steps, config.batch.lanes)
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Train from the latest checkpoint to the end; ``settings["job"]`` is the :class:`Job`."""
+    Worker(settings["job"]).train()
+
+
+class Worker:
+    """Model, optimizer, data and logs of one worker process."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.config = job, job.config
+        config, context = job.config, ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+
+        self.device = devices.worker_device(config.scale.gpus_per_worker or 0)
+        devices.set_up(self.device, config.scale.threads, bool(config.train.exact))
+        self.dtype = devices.resolve_precision(config.train.precision, self.device)
+
+        torch.manual_seed(config.train.seed)
+        self.model = GPT(config.model, job.n_vocab).to(self.device)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.position = self._restore()
+        compiled = torch.compile(self.model) if config.train.compile else self.model
+        self.forward: torch.nn.Module = compiled  # type: ignore[assignment]
+        self.ddp = DistributedDataParallel(
+            self.forward, gradient_as_bucket_view=True, forward_sync_buffers=False
+        )
+        self.stepper = Stepper(
+            self.forward,
+            self.ddp,
+            self.optimizer,
+            lanes=config.batch.lanes,
+            micro=config.batch.micro,
+            grad_clip=config.optim.grad_clip,
+            device=self.device,
+            dtype=self.dtype,
+            seed=config.train.seed,
+        )
+        self.reader = WindowReader(job.plan)
+        self.segments = segments_from(job, self.position.step)
+        self.validation: Validation | None = None
+        if job.val_windows:
+            self.validation = Validation(
+                open_corpus(job.val_corpus),
+                config.model.block_size,
+                config.train.eval_tokens,
+                self.rank,
+                self.world_size,
+            )
+        self.log: RunLog | None = None
+        if self.rank == 0:
+            self.log = RunLog(job.run, self.position.step)
+            self.log.event(
+                "start",
+                self.position.step,
+                f"{self.world_size} workers on {devices.describe(self.device)}, "
+                f"{str(self.dtype).removeprefix('torch.')}, {config.scale.threads} threads",
+            )
+
+    def train(self) -> None:
+        """The loop: one pass a step."""
+        config, schedule = self.config, self.job.schedule
+        batches = self._batches()
+        began = time.perf_counter()
+        while self.position.step < config.train.steps:
+            batch = next(batches)
+            data_wait = time.perf_counter() - began
+
+            tokens = schedule.tokens(batch.step)
+            lr = lr_at(
+                schedule.tokens_before(batch.step),
+                tokens,
+                max_lr=config.optim.max_lr,
+                min_lr=config.min_lr,
+                warmup_tokens=self.job.warmup_tokens,
+                decay_tokens=self.job.decay_tokens,
+            )
+            owners = self.segments.owners(batch.segment, self.world_size)
+            result = self.stepper.step(batch, owners, lr)
+            self._advance(result, tokens)
+            elapsed = time.perf_counter() - began
+
+            val_loss = self._validate()
+            self._log_step(batch.step, result, tokens, lr, elapsed, data_wait, val_loss)
+            self._checkpoint()
+            began = time.perf_counter()
+        if self.log is not None:
+            self.log.close()
+
+    def _batches(self) -> Iterator[StepWindows]:
+        shard = ray.train.get_dataset_shard("train")
+        blocks = stream_blocks(shard)
+        return lane_steps(self.reader, self.segments, self.rank, self.world_size, blocks)
+
+    def _restore(self) -> Position:
+        """Load the latest whole checkpoint, if there is one."""
+        checkpoint = state.latest(self.job.run)
+        if checkpoint is None:
+            return Position()
+        state.restore(checkpoint, self.model, self.optimizer)
+        return checkpoint.position
+
+    def _advance(self, result: StepResult, tokens: int) -> None:
+        """Count the step; the same on every worker, so all stop together.
+
+        Raises:
+            UserError: too many steps in a row were skipped.
+        """
+        p, skipped = self.position, int(result.skipped)
+        self.position = Position(
+            step=p.step + 1,
+            tokens=p.tokens + tokens,
+            skipped=p.skipped + skipped,
+            skipped_in_a_row=(p.skipped_in_a_row + 1) * skipped,
+            best_val_loss=p.best_val_loss,
+        )
+        if not skipped:
+            return
+        if self.log is not None:
+            self.log.event(
+                "skip", p.step, f"loss {result.loss}, norm {result.grad_norm}: weights unchanged"
+            )
+        if self.position.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"loss or gradient norm was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, "
+                f"the last at step {p.step}: no such step changed the weights; lower optim.max_lr, "
+                f"lengthen optim.warmup_steps or check the corpus, under another --run.name"
+            )
+
+    def _validate(self) -> float | None:
+        every, step = self.config.train.eval_every, self.position.step
+        due = step == self.config.train.steps or (every and step % every == 0)
+        if self.validation is None or not due:
+            return None
+        loss = self.validation.loss(self.forward, self.device, self.dtype)
+        self.position = replace(self.position, val_loss=loss)
+        return loss
+
+    def _checkpoint(self) -> None:
+        """Write a checkpoint when one is due: by the interval, at the end, or for a new best."""
+        p = self.position
+        best = p.val_loss is not None and (
+            p.best_val_loss is None or p.val_loss < p.best_val_loss
+        )
+        if best:
+            self.position = p = replace(p, best_val_loss=p.val_loss)
+        every, last = self.config.train.checkpoint_every, p.step == self.config.train.steps
+        if not (best or last or p.step % every == 0):
+            return
+        reported = None
+        if self.log is not None:
+            began = time.perf_counter()
+            self.log.flush()
+            saved = state.save(
+                self.job.run, p, self.model, self.optimizer, self.job.metadata()
+            )
+            state.prune(self.job.run, saved)
+            self.log.event(
+                "checkpoint",
+                p.step,
+                f"{saved.folder.split()[1]} in {time.perf_counter() - began:.2f} s, weights "
+                f"{saved.weights_sha256[:12]}",
+            )
+            self.log.flush()
+            storage = ray.train.get_context().get_storage()
+            reported = ray.train.Checkpoint(
+                f"{storage.experiment_fs_path}/{saved.folder.split()[1]}",
+                storage.storage_filesystem,
+            )
+        ray.train.report(
+            {"step": p.step, "val_loss": p.val_loss},
+            checkpoint=reported,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    def _log_step(
+        self,
+        step: int,
+        result: StepResult,
+        tokens: int,
+        lr: float,
+        elapsed: float,
+        data_wait: float,
+        val_loss: float | None,
+    ) -> None:
+        if self.log is None:
+            return
+        speed = tokens / elapsed
+        peak = devices.peak_flops(self.device, self.dtype)
+        flops = flops_per_token(self.config.model) * speed
+        row = {
+            "step": step,
+            "tokens": self.position.tokens,
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "step_ms": round(1000 * elapsed, 3),
+            "tokens_per_s": round(speed, 2),
+            "mfu": flops / (peak * self.world_size) if peak else None,
+            "data_wait_ms": round(1000 * data_wait, 3),
+            "world_size": self.world_size,
+            "epoch": self.reader.epoch(step),
+            "batch_hash": result.batch_hash,
+            "skipped": self.position.skipped,
+        }
+        if val_loss is not None:
+            row["val_loss"] = val_loss
+        log_every = self.config.train.log_every
+        self.log.step(row, board=step % log_every == 0 or step + 1 == self.config.train.steps)

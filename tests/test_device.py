@@ -1,0 +1,164 @@
+"""Choice of device, precision and kernels.  GPUs are played by what torch would say of them."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import pytest
+import ray.train.torch
+import torch
+
+from raygpt import device as devices
+from raygpt.errors import UserError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
+
+
+@pytest.fixture
+def torch_settings() -> Iterator[None]:
+    """Put back what set_up changes, for the tests that follow in this process."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    workspace = os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    if workspace is not None:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
+
+
+def _set_capabilities(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
+
+
+def test_a_worker_without_gpus_runs_on_the_cpu() -> None:
+    assert devices.worker_device(0) == CPU
+    assert devices.backend(CPU) == "gloo"
+    assert devices.backend(GPU) == "nccl"
+
+
+def test_a_gpu_that_torch_does_not_see_is_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"set --scale.gpus_per_worker 0"):
+        devices.worker_device(1)
+    assert devices.local_device() == CPU
+
+
+def test_a_worker_takes_the_gpu_that_ray_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: GPU)
+    assert devices.worker_device(1) == GPU
+    assert current == [GPU]
+
+
+@pytest.mark.usefixtures("torch_settings")
+def test_cpus_are_always_deterministic() -> None:
+    devices.set_up(CPU, threads=1, exact=False)
+    assert torch.get_num_threads() == 1
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.usefixtures("torch_settings")
+@pytest.mark.parametrize("exact", [True, False])
+def test_gpus_are_deterministic_if_asked(exact: bool) -> None:
+    devices.set_up(GPU, threads=1, exact=exact)
+    assert torch.are_deterministic_algorithms_enabled() is exact
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is exact
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+@pytest.mark.parametrize(
+    ("capability", "auto"),
+    [("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx2", torch.float32)],
+)
+def test_cpus_take_bf16_only_where_it_is_fast(
+    monkeypatch: pytest.MonkeyPatch, capability: str, auto: torch.dtype
+) -> None:
+    _set_capabilities(monkeypatch, capability)
+    assert devices.resolve_precision("auto", CPU) == auto
+    assert devices.resolve_precision("fp32", CPU) == torch.float32
+    slow = auto == torch.float32
+    with pytest.warns(UserWarning, match="emulates") if slow else contextlib.nullcontext():
+        assert devices.resolve_precision("bf16", CPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_gpus_take_bf16_where_they_have_it(monkeypatch: pytest.MonkeyPatch, has_bf16: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    wanted = torch.bfloat16 if has_bf16 else torch.float32
+    assert devices.resolve_precision("auto", GPU) == wanted
+    assert devices.resolve_precision("fp32", GPU) == torch.float32
+    if has_bf16:
+        assert devices.resolve_precision("bf16", GPU) == torch.bfloat16
+    else:
+        with pytest.raises(UserError, match=r"Tesla T4 has no bf16; set --train.precision fp32"):
+            devices.resolve_precision("bf16", GPU)
+
+
+def test_autocast_multiplies_in_its_dtype() -> None:
+    x = torch.ones(2, 2)
+    for dtype in (torch.bfloat16, torch.float32):
+        with devices.autocast(CPU, dtype):
+            assert (x @ x).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp32"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12, 156e12),
+        ("NVIDIA H100 80GB HBM3", 989.5e12, 494.7e12),
+        ("NVIDIA H100 PCIe", 756e12, 378e12),
+        ("NVIDIA H200", 989.5e12, 494.7e12),
+        ("NVIDIA H200 NVL", 835.5e12, 417.5e12),
+        ("NVIDIA L4", 121e12, 60e12),
+        ("NVIDIA A10G", 70e12, 35e12),
+        ("Tesla T4", None, 8.1e12),
+        ("Tesla V100-SXM2-16GB", None, 15.7e12),
+        ("Tesla V100-PCIE-16GB", None, 14e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12),
+        ("NVIDIA L40", None, None),
+        ("something new", None, None),
+    ],
+)
+def test_peaks_are_those_of_the_data_sheets(
+    name: str, bf16: float | None, fp32: float | None
+) -> None:
+    assert devices.peak_flops_of(name, torch.bfloat16) == bf16
+    assert devices.peak_flops_of(name, torch.float32) == fp32
+
+
+def test_a_cpu_has_no_peak_but_memory() -> None:
+    assert devices.peak_flops(CPU, torch.float32) is None
+    assert 2**28 < devices.memory_bytes(CPU) < 2**50
+
+
+@pytest.mark.parametrize(
+    ("vendor", "widest", "capabilities", "kind"),
+    [
+        ("AuthenticAMD", "AVX2", [], "amd-avx2"),
+        ("AuthenticAMD", "AVX512", ["avx512_bf16"], "amd-avx512_bf16"),
+        ("GenuineIntel", "AVX512", ["avx512_bf16", "amx_bf16"], "intel-amx_bf16"),
+        ("GenuineIntel", "AVX512", [], "intel-avx512"),
+        # ATEN_CPU_CAPABILITY can hold torch back from what the CPU has.
+        ("GenuineIntel", "AVX2", ["avx512_bf16"], "intel-avx2"),
+        ("", "SVE256", [], "aarch64-sve256"),
+    ],
+)
+def test_kind_of_cpu(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, widest: str, capabilities: list[str], kind: str
+) -> None:
+    _set_capabilities(monkeypatch, *capabilities)
+    monkeypatch.setattr(devices, "_cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: widest)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert devices.cpu_kind() == kind
+    assert devices.describe(CPU) == kind

@@ -1,0 +1,157 @@
+"""The network: its shapes and numbers, and what padding the vocabulary may not change."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raygpt.config import ModelConfig
+from raygpt.model import GPT, flops_per_token, num_params
+
+TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=32)
+
+
+def _batch(n_vocab: int = 32, B: int = 3, T: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, n_vocab, (B, T + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def _model(config: ModelConfig = TINY, n_vocab: int | None = None) -> GPT:
+    torch.manual_seed(1)
+    return GPT(config, n_vocab)
+
+
+def test_gpt2_124m_has_the_published_size() -> None:
+    with torch.device("meta"):
+        model = GPT(ModelConfig(), 50_257)
+    assert round(model.num_params() / 1e6, 2) == 124.48
+    assert model.num_params() == num_params(model.config)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_untrained_loss_is_that_of_a_uniform_guess() -> None:
+    # The vocabulary and width of GPT-2 124M, with fewer layers for speed.
+    model = _model(ModelConfig(n_layer=2, block_size=32))
+    idx, targets = _batch(50_304, B=4, T=32)
+    with torch.no_grad():
+        assert model(idx, targets).item() == pytest.approx(math.log(50_304), abs=0.25)
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_logits() -> None:
+    model = _model()
+    idx, targets = _batch()
+    logits, loss = model(idx), model(idx, targets)
+    assert logits.shape == (3, 8, 32)
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    expected = -logits.log_softmax(-1).gather(-1, targets[..., None]).mean()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_a_token_sees_only_those_before_it() -> None:
+    model = _model().eval()
+    idx, _ = _batch()
+    changed = idx.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 32
+    before, after = model(idx), model(changed)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+def test_positions_matter() -> None:
+    logits = _model().eval()(torch.full((1, 8), 3))
+    assert not torch.allclose(logits[0, 0], logits[0, 7])
+
+
+def test_initial_weights_follow_gpt2() -> None:
+    model = _model(ModelConfig(n_layer=8, n_head=2, n_embd=128, block_size=64, vocab_size=512))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif ".ln_" in name:
+            assert (parameter == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.05), name
+            assert abs(parameter.mean().item()) < 0.05 * std, name
+
+
+def test_initial_weights_are_a_function_of_the_seed() -> None:
+    def drawn(model: GPT, seed: int) -> Tensor:
+        model.init_weights(torch.Generator().manual_seed(seed))
+        return torch.cat([p.flatten() for p in model.parameters()])
+
+    first, again = _model(), _model()
+    for a, b in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(drawn(first, 7), drawn(again, 7))
+    assert not torch.equal(drawn(first, 7), drawn(first, 8))
+
+
+def test_too_long_input_and_too_many_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"9 tokens are more than model.block_size 8"):
+        _model()(torch.zeros(1, 9, dtype=torch.int64))
+    with pytest.raises(ValueError, match="n_vocab 33"):
+        GPT(TINY, 33)
+
+
+def test_padding_changes_neither_loss_nor_gradient() -> None:
+    padded = _model(n_vocab=27)
+    plain = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=27))
+    state = padded.state_dict()
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        state[name] = state[name][:27]
+    plain.load_state_dict(state)
+
+    idx, targets = _batch(27)
+    losses = [model(idx, targets) for model in (padded, plain)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-6)
+    for (name, a), b in zip(padded.named_parameters(), plain.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert a.grad.isfinite().all(), name
+        torch.testing.assert_close(a.grad[: len(b)], b.grad, atol=1e-7, rtol=1e-4)
+        assert (a.grad[len(b) :] == 0).all(), name
+
+    logits = padded(idx)
+    assert (logits[..., 27:] == -math.inf).all()
+    assert logits[..., :27].isfinite().all()
+
+
+def test_the_mask_is_not_part_of_the_state() -> None:
+    assert set(_model(n_vocab=27).state_dict()) == set(_model().state_dict())
+    assert _model().pad_mask is None
+
+
+def test_bf16_autocast_computes_the_loss_in_fp32() -> None:
+    model = _model(n_vocab=27)
+    idx, targets = _batch(27)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(idx, targets)
+        logits = model(idx)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    expected = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_dropout_acts_in_training_only_and_follows_the_seed() -> None:
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=32, dropout=0.5)
+    model = _model(config)
+    idx, _ = _batch()
+    torch.manual_seed(3)
+    first, other = model(idx), model(idx)
+    torch.manual_seed(3)
+    assert torch.equal(first, model(idx))
+    assert not torch.equal(first, other)
+    model.eval()
+    assert torch.equal(model(idx), model(idx))
+
+
+def test_flops_follow_palm() -> None:
+    # GPT-2 124M: 6 x (124,475,904 - 1,024 x 768) + 12 x 12 layers x 12 heads x 64 x 1,024 tokens
+    assert flops_per_token(ModelConfig()) == 742_136_832 + 113_246_208
