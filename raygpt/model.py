@@ -71,6 +71,34 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
+class Transformer(nn.Module):
+    """Embeddings, the layers and the last LayerNorm: all but the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.block_size = config.block_size
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """Hidden states (B, T, C) of tokens (B, T) int64.
+
+        Raises:
+            ValueError: T is above ``block_size``.
+        """
+        T = idx.shape[1]
+        if T > self.block_size:
+            raise ValueError(f"{T} tokens are more than model.block_size {self.block_size}")
+        positions = torch.arange(T, device=idx.device)
+        x = self.drop(self.wte(idx) + self.wpe(positions))
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x)
+
+
 class GPT(nn.Module):
     """The network.
 
@@ -97,15 +125,7 @@ class GPT(nn.Module):
             raise ValueError(
                 f"n_vocab {self.n_vocab} must lie in 1..model.vocab_size {config.vocab_size}"
             )
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS),
-            }
-        )
+        self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         mask = None
@@ -132,24 +152,8 @@ class GPT(nn.Module):
                 std = residual_std if name.endswith("c_proj.weight") else INIT_STD
                 parameter.normal_(0.0, std, generator=generator)
 
-    def hidden(self, idx: Tensor) -> Tensor:
-        """What the head reads, (B, T, C), for tokens (B, T) int64.
-
-        Raises:
-            ValueError: T is above ``config.block_size``.
-        """
-        T = idx.shape[1]
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens are more than model.block_size {self.config.block_size}")
-        positions = torch.arange(T, device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)
-        x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            x = block(x)
-        return self.transformer.ln_f(x)
-
     def head(self, x: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., C); padded ones are -inf."""
+        """Logits (..., V) of the transformer's hidden states (..., C); padded ones are -inf."""
         return F.linear(x, self.lm_head.weight, self.pad_mask)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -165,7 +169,7 @@ class GPT(nn.Module):
         Raises:
             ValueError: T is above ``config.block_size``.
         """
-        logits = self.head(self.hidden(idx))
+        logits = self.head(self.transformer(idx))
         if targets is None:
             return logits
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
