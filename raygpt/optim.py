@@ -5,7 +5,6 @@ restore.  What it gives up: other optimizers and other schedules.
 """
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -27,18 +26,15 @@ def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool = True) -
     """AdamW over :func:`param_groups`; its rate is set before each step with :func:`set_lr`.
 
     Args:
-        fused: one kernel for the whole update; where torch has none for these parameters, its
-            default is used, and a warning says so.
+        fused: one kernel for the whole update, which torch has for CPUs and NVIDIA GPUs.
     """
-    groups = param_groups(model, config.weight_decay)
-    options: dict[str, Any] = {"lr": config.max_lr, "betas": config.betas, "eps": config.eps}
-    if fused:
-        try:
-            return torch.optim.AdamW(groups, fused=True, **options)
-        except RuntimeError as error:
-            warnings.warn(f"AdamW runs unfused: {str(error).splitlines()[0]}", stacklevel=2)
-            groups = param_groups(model, config.weight_decay)  # AdamW filled the others in
-    return torch.optim.AdamW(groups, **options)
+    return torch.optim.AdamW(
+        param_groups(model, config.weight_decay),
+        lr=config.max_lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=fused or None,
+    )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -60,14 +60,6 @@ def test_the_first_step_is_adamws(fused: bool) -> None:
     torch.testing.assert_close(model.bias.detach(), bias - 0.01 * 2.0 / 2.01)
 
 
-def test_a_missing_fused_kernel_is_said_and_replaced() -> None:
-    model = nn.Linear(2, 2, dtype=torch.complex64)
-    with pytest.warns(UserWarning, match="AdamW runs unfused"):
-        optimizer = build_optimizer(model, OptimConfig(), fused=True)
-    assert not optimizer.defaults["fused"]
-    assert all(not group["fused"] for group in optimizer.param_groups)
-
-
 @pytest.mark.parametrize(
     ("tokens_before", "lr"),
     [
