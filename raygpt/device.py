@@ -86,7 +86,7 @@ def set_up(device: torch.device, threads: int, exact: bool) -> None:
             torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(deterministic)
     # Else torch fills every new tensor with NaN first, to make reads of it repeatable.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:

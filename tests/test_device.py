@@ -19,13 +19,13 @@ def torch_settings() -> Iterator[None]:
     """Put back what set_up changes, for the tests that follow in this process."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     workspace = os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     if workspace is not None:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
@@ -49,7 +49,7 @@ def test_a_gpu_that_torch_does_not_see_is_a_users_mistake(monkeypatch: pytest.Mo
 
 
 def test_a_worker_takes_the_gpu_that_ray_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    current = []
+    current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: GPU)
@@ -62,7 +62,7 @@ def test_cpus_are_always_deterministic() -> None:
     devices.set_up(CPU, threads=1, exact=False)
     assert torch.get_num_threads() == 1
     assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     assert torch.get_float32_matmul_precision() == "highest"
 
 
