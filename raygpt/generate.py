@@ -35,7 +35,7 @@ def generate(
     """
     model.eval()
     while idx.shape[1] < max_length:
-        last = model.hidden(idx[:, -model.config.block_size :])[:, -1]
+        last = model.transformer(idx[:, -model.config.block_size :])[:, -1]
         logits = model.head(last)[:, : model.n_vocab].float()
         if temperature == 0:
             token = logits.argmax(dim=-1, keepdim=True)
