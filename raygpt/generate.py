@@ -36,7 +36,7 @@ def generate(
     model.eval()
     while idx.shape[1] < max_length:
         last = model.transformer(idx[:, -model.config.block_size :])[:, -1]
-        logits = model.head(last)[:, : model.n_vocab].float()
+        logits = model.head(last).float()  # -inf where padded
         if temperature == 0:
             token = logits.argmax(dim=-1, keepdim=True)
         else:

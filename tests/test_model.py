@@ -139,6 +139,17 @@ def test_bf16_autocast_computes_the_loss_in_fp32() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_a_bf16_model_has_an_fp32_loss() -> None:
+    loss = _model(n_vocab=27).bfloat16()(*_batch(27))
+    assert loss.dtype == torch.float32
+
+
+def test_the_model_compiles_in_one_graph() -> None:
+    model = _model(n_vocab=27)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*_batch(27)), model(*_batch(27)))
+
+
 def test_dropout_acts_in_training_only_and_follows_the_seed() -> None:
     config = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=32, dropout=0.5)
     model = _model(config)
