@@ -180,7 +180,12 @@ class TrainConfig:
             "train", steps=self.steps, log_every=self.log_every,
             checkpoint_every=self.checkpoint_every,
         )  # fmt: skip
-        _not_negative("train", eval_every=self.eval_every, sample_tokens=self.sample_tokens, eval_tokens=self.eval_tokens)
+        _not_negative(
+            "train",
+            eval_every=self.eval_every,
+            sample_tokens=self.sample_tokens,
+            eval_tokens=self.eval_tokens,
+        )
 
 
 @dataclass(frozen=True)

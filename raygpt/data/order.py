@@ -82,7 +82,12 @@ class BatchSchedule:
     """
 
     def __init__(
-        self, lanes: int, block_size: int, windows: int, start_windows: int = 0, ramp_tokens: int = 0
+        self,
+        lanes: int,
+        block_size: int,
+        windows: int,
+        start_windows: int = 0,
+        ramp_tokens: int = 0,
     ) -> None:
         self.window_tokens = lanes * block_size
         if not ramp_tokens:
@@ -172,9 +177,7 @@ class DataOrder:
             self._add_epoch()
         return bisect_right(starts, position) - 1
 
-    def spans(
-        self, lane: int, start: int, stop: int
-    ) -> list[tuple[int, NDArray[np.int64]]]:
+    def spans(self, lane: int, start: int, stop: int) -> list[tuple[int, NDArray[np.int64]]]:
         """The windows at positions ``start`` to ``stop`` of a lane.
 
         Returns:

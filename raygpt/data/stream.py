@@ -28,7 +28,9 @@ from raygpt.data.reader import ReadPlan, WindowReader, shared_reader
 READER_CPUS = 0.1
 """CPU share of a read task; the driver sees that the cluster has it beside the workers."""
 PREFETCH_BLOCKS = 2
-_SCHEMA = pa.schema([("lane", pa.int64()), ("first_step", pa.int64()), ("windows", pa.large_binary())])
+_SCHEMA = pa.schema(
+    [("lane", pa.int64()), ("first_step", pa.int64()), ("windows", pa.large_binary())]
+)
 
 
 class StreamError(RuntimeError):
@@ -61,9 +63,7 @@ class WindowSource(Datasource):
             first, stop = self._segments.bounds(segment)
             windows = schedule.windows_before(stop) - schedule.windows_before(first)
             size = windows * (self._plan.block_size + 1) * self._token_bytes
-            metadata = BlockMetadata(
-                num_rows=1, size_bytes=size, input_files=None, exec_stats=None
-            )
+            metadata = BlockMetadata(num_rows=1, size_bytes=size, input_files=None, exec_stats=None)
             tasks += [
                 ReadTask(partial(read_block, self._plan, lane, first, stop), metadata, _SCHEMA)
                 for lane in range(self._plan.lanes)
@@ -148,12 +148,12 @@ def lane_steps(
             yield StepWindows(step, segment, part)
 
 
-def _windows_of(
-    block: pa.Table | None, reader: WindowReader, lane: int, first: int
-) -> np.ndarray:
+def _windows_of(block: pa.Table | None, reader: WindowReader, lane: int, first: int) -> np.ndarray:
     if block is None:
         raise StreamError(f"the stream ended before the block of lane {lane}, step {first}")
-    found = [(row["lane"], row["first_step"]) for row in block.select(["lane", "first_step"]).to_pylist()]
+    found = [
+        (row["lane"], row["first_step"]) for row in block.select(["lane", "first_step"]).to_pylist()
+    ]
     if found != [(lane, first)]:
         raise StreamError(
             f"expected the block of lane {lane}, step {first}, got (lane, step) {found}; this "
@@ -166,5 +166,7 @@ def _windows_of(
 def stream_blocks(shard: DataIterator) -> Iterator[pa.Table]:
     """A worker's blocks, fetched in the background; Ray Data starts with the first ``next``."""
     yield from shard.iter_batches(
-        batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS
+        batch_size=None,  # type: ignore[arg-type]  # whole blocks, as documented
+        batch_format="pyarrow",
+        prefetch_batches=PREFETCH_BLOCKS,
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import time
 from dataclasses import replace
@@ -16,7 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from raygpt import device as devices
-from raygpt.config import Config, to_dict
+from raygpt.config import Config
 from raygpt.data.stream import READER_CPUS, StreamConfig, window_dataset
 from raygpt.data.tokenizer import load_tokenizer
 from raygpt.errors import UserError
@@ -57,7 +58,7 @@ def run(config: Config, dry_run: bool = False) -> None:
     step = checkpoint.position.step if checkpoint else 0
     if step < config.train.steps:
         job = _on_cluster(job)
-        job.run.write_bytes(CONFIG, _config_json(job))
+        job.run.write_bytes(CONFIG, json.dumps(job.settings(), indent=1).encode())
         began = time.monotonic()
         with Follower(job.run, console, step, config.train.steps, config.train.log_every):
             _fit(job)
@@ -70,26 +71,12 @@ def run(config: Config, dry_run: bool = False) -> None:
 
 def _find_checkpoint(job: Job, console: Console) -> state.Checkpoint | None:
     """The checkpoint to go on from, once it is sure that the run may go on."""
-    try:
-        earlier = json.loads(job.run.read_bytes(CONFIG))
-    except FileNotFoundError:
-        if state.steps_of(job.run):
-            raise UserError(
-                f"{job.run} has checkpoints but no {CONFIG}; restore it, or give another --run.name"
-            ) from None
-        return None
-    except ValueError as error:
-        raise UserError(f"{job.run.child(CONFIG)} is damaged: {error}; restore it") from error
-    check_identity(job, earlier.get("identity", {}))
-    return state.latest(
+    checkpoint = state.latest(
         job.run, lambda text: console.print(f"warning: {text}", highlight=False, soft_wrap=True)
     )
-
-
-def _config_json(job: Job) -> bytes:
-    """Every setting, resolved, and what follows from them."""
-    settings = {**to_dict(job.config), **job.metadata(), "derived": derived(job)}
-    return json.dumps(settings, indent=1).encode()
+    if checkpoint is not None:
+        check_identity(job, checkpoint.metadata["identity"])
+    return checkpoint
 
 
 def _on_cluster(job: Job) -> Job:
@@ -100,9 +87,7 @@ def _on_cluster(job: Job) -> Job:
     """
     if not ray.is_initialized():
         with contextlib.suppress(ConnectionError):
-            ray.init(
-                address=None, logging_level="ERROR", log_to_driver=False, include_dashboard=None
-            )
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
     if not ray.is_initialized():
         raise UserError("no Ray cluster answers at RAY_ADDRESS; start one, or unset RAY_ADDRESS")
     scale = job.config.scale
@@ -169,7 +154,9 @@ def find_user_error(error: BaseException | None) -> UserError | None:
             return found
         seen.add(id(found))
         todo += [found.__cause__, found.__context__]
-        todo += [getattr(found, name, None) for name in ("cause", "controller_failure", "_base_exc")]
+        todo += [
+            getattr(found, name, None) for name in ("cause", "controller_failure", "_base_exc")
+        ]
         todo += getattr(found, "worker_failures", {}).values()
     return None
 
@@ -205,7 +192,7 @@ def _fit(job: Job) -> None:
             name=config.run.name,
             storage_path=Folder.from_path(config.run.storage).uri,
             failure_config=ray.train.FailureConfig(max_failures=-1),
-            callbacks=[_StopOnMistakes(job)],
+            callbacks=[_StopOnMistakes(job)],  # type: ignore[list-item]
         ),
     )
     try:

@@ -33,7 +33,6 @@ _CHANGEABLE = {
     *("train.steps", "train.log_every", "train.eval_every", "train.eval_tokens"),
     *("train.checkpoint_every", "train.sample_prompt", "train.sample_tokens"),
     *("scale.workers", "scale.gpus_per_worker", "scale.cpus_per_worker"),
-    "optim.decay_tokens",  # compared as resolved
 }
 
 
@@ -79,21 +78,25 @@ class Job:
         """What must stay the same for a run to go on: settings, corpora, schedule."""
         settings = {
             f"{section}.{name}": value
-            for section, values in to_dict(self.config).items()
+            for section, values in self.settings().items()
             for name, value in values.items()
             if f"{section}.{name}" not in _CHANGEABLE
         }
-        return {
-            **settings,
-            "optim.betas": list(self.config.optim.betas),
-            "optim.decay_tokens": self.decay_tokens,
-            "corpus fingerprint": self.plan.fingerprint,
-        }
+        betas = list(self.config.optim.betas)  # as JSON has it
+        return {**settings, "optim.betas": betas, "corpus fingerprint": self.plan.fingerprint}
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting, resolved, as in config.json; also good as a settings file."""
+        optim = replace(
+            self.config.optim, min_lr=self.config.min_lr, decay_tokens=self.decay_tokens
+        )
+        data = replace(self.config.data, segment_steps=self.config.segment_steps)
+        return to_dict(replace(self.config, optim=optim, data=data))
 
     def metadata(self) -> dict[str, Any]:
-        """What a checkpoint and config.json say of the run, in JSON values."""
+        """What a checkpoint says of its run, in JSON values."""
         return {
-            "settings": to_dict(self.config),
+            "settings": self.settings(),
             "corpus": {
                 "path": self.plan.corpus,
                 "fingerprint": self.plan.fingerprint,
@@ -208,7 +211,7 @@ def check_identity(job: Job, earlier: dict[str, Any]) -> None:
     """Refuse to go on with a run whose model or data order would change.
 
     Args:
-        earlier: :meth:`Job.identity` as the run's config.json has it.
+        earlier: :meth:`Job.identity` as the run's checkpoint has it.
 
     Raises:
         UserError: names each setting with its old and its new value.
@@ -263,5 +266,3 @@ def derived(job: Job) -> dict[str, str]:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-

@@ -73,9 +73,7 @@ class RunLog:
         self._events = JsonLines(run, EVENTS, read_json_lines(run, EVENTS))
         self._board: SummaryWriter | None = None
         if not run.root:
-            self._board = SummaryWriter(
-                run.child(TENSORBOARD).path, purge_step=step, flush_secs=10
-            )
+            self._board = SummaryWriter(run.child(TENSORBOARD).path, purge_step=step, flush_secs=10)
 
     def step(self, row: dict[str, Any], board: bool) -> None:
         """Write a step's metrics; to TensorBoard only where ``board``."""

@@ -17,6 +17,7 @@ What it gives up: DDP's own all-reduce, and with it the choice among its algorit
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -155,7 +156,7 @@ class GradientSum:
         self._waiting[self._plan.forest.nodes[lane]] = gradients
 
     @torch.no_grad()
-    def _hook(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def _hook(self, _: None, bucket: Any) -> torch.futures.Future[Tensor]:  # a dist.GradBucket
         plan, buffer = self._plan, bucket.buffer()
         indices = [self._index[id(p)] for p in bucket.parameters()]
         views = bucket.gradients()  # of the buffer
@@ -218,12 +219,9 @@ class GradientSum:
             whole = plan.world_size * size
             exchange.buffer[whole:] = total[size:]
             gathers.append(
-                dist.all_gather_single(
-                    exchange.buffer[:whole], total[:size], async_op=True
-                )
+                dist.all_gather_single(exchange.buffer[:whole], total[:size], async_op=True)
             )
         for gather in gathers:
             gather.wait()
         self._exchanges.clear()
         self._waiting.clear()
-

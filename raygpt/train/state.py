@@ -136,7 +136,9 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     """
     parameters = named_parameters(model)
     _copy_weights(checkpoint, parameters)
-    number = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+    number = {
+        id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])
+    }
     states: dict[int, dict[str, Tensor]] = {}
     for full_name, tensor in checkpoint.tensors(OPTIMIZER).items():
         key, _, name = full_name.partition(".")

@@ -90,9 +90,7 @@ class Stepper:
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if not skipped:
             if self._grad_clip:
-                torch.nn.utils.clip_grads_with_norm_(
-                    self._parameters, self._grad_clip, norm_tensor
-                )
+                torch.nn.utils.clip_grads_with_norm_(self._parameters, self._grad_clip, norm_tensor)
             set_lr(self._optimizer, lr)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

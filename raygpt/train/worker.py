@@ -177,9 +177,7 @@ class Worker:
     def _checkpoint(self) -> None:
         """Write a checkpoint when one is due: by the interval, at the end, or for a new best."""
         p = self.position
-        best = p.val_loss is not None and (
-            p.best_val_loss is None or p.val_loss < p.best_val_loss
-        )
+        best = p.val_loss is not None and (p.best_val_loss is None or p.val_loss < p.best_val_loss)
         if best:
             self.position = p = replace(p, best_val_loss=p.val_loss)
         every, last = self.config.train.checkpoint_every, p.step == self.config.train.steps
@@ -189,9 +187,7 @@ class Worker:
         if self.log is not None:
             began = time.perf_counter()
             self.log.flush()
-            saved = state.save(
-                self.job.run, p, self.model, self.optimizer, self.job.metadata()
-            )
+            saved = state.save(self.job.run, p, self.model, self.optimizer, self.job.metadata())
             state.prune(self.job.run, saved)
             self.log.event(
                 "checkpoint",
