@@ -2,6 +2,7 @@
 
 import os
 import uuid
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -39,3 +40,13 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     output = str(folder / "corpus")
     prepare([str(folder / "text.txt")], output, "bytes", val_fraction=0.1, on_ray=False)
     return open_corpus(output)
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A Ray of two CPUs in this process, shared by all tests that ask for it."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

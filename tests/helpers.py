@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -21,29 +22,40 @@ def _worker(
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     try:
-        queue.put((rank, function(*args)))
+        queue.put((rank, function(*args), ""))
         dist.barrier()
+    except Exception:
+        queue.put((rank, None, traceback.format_exc()))
     finally:
         dist.destroy_process_group()
 
 
 def on_workers(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What ``function(*args)`` returns on each of W processes that form a gloo group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     queue = _CONTEXT.Queue()
+    port = free_port()
     processes = [
         _CONTEXT.Process(target=_worker, args=(rank, world_size, port, function, args, queue))
         for rank in range(world_size)
     ]
     for process in processes:
         process.start()
+    results = {}
     try:
-        results = dict(queue.get(timeout=120) for _ in range(world_size))
+        for _ in processes:
+            rank, result, trace = queue.get(timeout=120)
+            assert not trace, f"rank {rank} failed:\n{trace}"
+            results[rank] = result
     finally:
         for process in processes:
-            process.join(timeout=30)
+            process.join(timeout=30 if len(results) == world_size else 0)
             if process.is_alive():
                 process.kill()
     return [results[rank] for rank in range(world_size)]
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

@@ -7,7 +7,6 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,6 @@ from raygpt.data.tokenizer import load_tokenizer
 from raygpt.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def ray_session() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 def tokens_of(path: Path | str, split: Split) -> np.ndarray:

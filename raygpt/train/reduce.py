@@ -17,7 +17,6 @@ What it gives up: DDP's own all-reduce, and with it the choice among its algorit
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -156,7 +155,11 @@ class GradientSum:
         self._waiting[self._plan.forest.nodes[lane]] = gradients
 
     @torch.no_grad()
-    def _hook(self, _: None, bucket: Any) -> torch.futures.Future[Tensor]:  # a dist.GradBucket
+    def _hook(  # DDP insists on these annotations
+        self,
+        _: None,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[Tensor]:
         plan, buffer = self._plan, bucket.buffer()
         indices = [self._index[id(p)] for p in bucket.parameters()]
         views = bucket.gradients()  # of the buffer

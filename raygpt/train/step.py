@@ -6,6 +6,7 @@ number of workers: see ``reduce.py`` for the sum over lanes.
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,8 @@ from raygpt import device as devices
 from raygpt.data.stream import StepWindows
 from raygpt.optim import set_lr
 from raygpt.train.reduce import GradientSum, ReducePlan, reduce_plan
+
+Forward = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,13 @@ class Stepper:
         for lane in plan.lanes:
             torch.manual_seed(_dropout_seed(self._seed, batch.step, lane))
             last = lane == plan.lanes[-1]
-            losses[lane] = self._accumulate(batch.lanes[lane], exchange=last)
+            # Only the worker's last backward pass goes through DDP and starts the exchange.
+            losses[lane] = accumulate(
+                self._forward(self._model),
+                self._micro_batches(batch.lanes[lane]),
+                weight=1 / self._lanes,
+                last_forward=self._forward(self._ddp) if last else None,
+            )
             if not last:
                 self._gradients.add_lane(lane)
         self._gradients.finish()
@@ -96,22 +105,18 @@ class Stepper:
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, norm, batch_hash, skipped)
 
-    def _accumulate(self, windows: np.ndarray, exchange: bool) -> Tensor:
-        """Forward and backward over a lane's micro-batches, in order; returns the lane's loss.
-
-        The gradient of the mean over all lanes: each micro-batch counts with its share of the
-        lane's windows, each lane with 1 / L, a power of two and so exact.
-        """
-        micros = torch.from_numpy(windows.astype(np.int64)).to(self._device).split(self._micro)
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for i, micro in enumerate(micros):
-            share = len(micro) / len(windows)
-            forward = self._ddp if exchange and i == len(micros) - 1 else self._model
+    def _forward(self, module: nn.Module) -> Forward:
+        def forward(inputs: Tensor, targets: Tensor) -> Tensor:
             with devices.autocast(self._device, self._dtype):
-                loss = forward(micro[:, :-1], micro[:, 1:])
-            (loss * (share / self._lanes)).backward()
-            total += loss.detach().double() * share
-        return total
+                return module(inputs, targets)
+
+        return forward
+
+    def _micro_batches(self, windows: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+        """Inputs and targets, (micro, T) each, of a lane's windows (g, T + 1); the last may be
+        smaller."""
+        tokens = torch.from_numpy(windows.astype(np.int64)).to(self._device)
+        return [(micro[:, :-1], micro[:, 1:]) for micro in tokens.split(self._micro)]
 
     def _share(
         self, plan: ReducePlan, batch: StepWindows, losses: Tensor
@@ -129,6 +134,35 @@ class Stepper:
         return report[: self._lanes].view(torch.float64).tolist(), batch_hash(
             report[self._lanes :].tolist()
         )
+
+
+def accumulate(
+    forward: Forward,
+    micro_batches: list[tuple[Tensor, Tensor]],
+    weight: float = 1.0,
+    last_forward: Forward | None = None,
+) -> Tensor:
+    """Add up the gradient of ``weight`` times the mean loss over micro-batches, in their order.
+
+    Each micro-batch counts with its share of the sequences, so that the mean is that of one
+    large batch.  With ``weight`` 1 / L, L a power of two, the weighting of lanes is exact.
+
+    Args:
+        forward: the mean loss of (inputs, targets).
+        last_forward: takes the place of ``forward`` for the last micro-batch, if given.
+
+    Returns:
+        The mean loss, an fp64 scalar.
+    """
+    sequences = sum(len(inputs) for inputs, _ in micro_batches)
+    total = torch.zeros((), dtype=torch.float64, device=micro_batches[0][0].device)
+    for i, (inputs, targets) in enumerate(micro_batches):
+        share = len(inputs) / sequences
+        last = i == len(micro_batches) - 1
+        loss = (last_forward if last and last_forward else forward)(inputs, targets)
+        (loss * (share * weight)).backward()
+        total += loss.detach().double() * share
+    return total
 
 
 def lane_hash(windows: np.ndarray) -> int:

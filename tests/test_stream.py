@@ -1,0 +1,205 @@
+"""What Ray Data carries is what the plain reader reads, for every W, to the last step."""
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raygpt.data.corpus import Corpus
+from raygpt.data.order import Segments
+from raygpt.data.reader import ReadPlan, WindowReader
+from raygpt.data.stream import (
+    READER_CPUS,
+    StepWindows,
+    StreamConfig,
+    StreamError,
+    lane_steps,
+    read_block,
+    stream_blocks,
+    window_dataset,
+)
+
+Batches = dict[tuple[int, int], np.ndarray]
+"""By (step, lane)."""
+
+
+def plan_of(corpus: Corpus, lanes: int = 4, ramp: bool = False) -> ReadPlan:
+    """Windows of 64 tokens; an epoch of the 90,000 tokens is 1,400 windows."""
+    return ReadPlan(
+        corpus=corpus.path,
+        fingerprint=corpus.fingerprint,
+        seed=3,
+        lanes=lanes,
+        block_size=64,
+        windows=6,
+        start_windows=1 if ramp else 0,
+        ramp_tokens=20_000 if ramp else 0,
+    )
+
+
+def reference(plan: ReadPlan, segments: Segments) -> Batches:
+    """Every batch from ``start`` to the run's end, a step and a lane at a time."""
+    reader = WindowReader(plan)
+    return {
+        (step, lane): reader.read(lane, step, step + 1)
+        for step in range(segments.start, segments.stop)
+        for lane in range(plan.lanes)
+    }
+
+
+def dealt_in_turns(plan: ReadPlan, segments: Segments, W: int, rank: int) -> Iterator[pa.Table]:
+    """What Ray Data's splitter gives to a worker, read as its tasks do."""
+    blocks = [
+        (lane, *segments.bounds(segment))
+        for segment in range(1, segments.count)
+        for lane in range(plan.lanes)
+    ]
+    for lane, first, stop in blocks[rank::W]:
+        yield from read_block(plan, lane, first, stop)
+
+
+def check(found: list[list[StepWindows]], expected: Batches, segments: Segments) -> None:
+    """Each worker saw every step, and all of them together every lane of it once."""
+    seen: Batches = {}
+    for steps in found:
+        assert [s.step for s in steps] == list(range(segments.start, segments.stop))
+        for one in steps:
+            assert one.segment == segments.of_step(one.step)
+            for lane, windows in one.lanes.items():
+                assert (one.step, lane) not in seen
+                seen[one.step, lane] = windows
+    assert seen.keys() == expected.keys()
+    for key, windows in expected.items():
+        np.testing.assert_array_equal(seen[key], windows)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    start=st.integers(0, 90),
+    steps=st.integers(1, 40),
+    length=st.integers(1, 45),
+    W=st.integers(1, 4),
+    ramp=st.booleans(),
+)
+def test_workers_together_see_what_the_reader_reads(
+    tiny_corpus: Corpus, start: int, steps: int, length: int, W: int, ramp: bool
+) -> None:
+    """Any start, W, segment length and ramp; epochs end at about step 58 (without ramp)."""
+    plan = plan_of(tiny_corpus, ramp=ramp)
+    segments = Segments(start, start + steps, length, plan.lanes)
+    found = []
+    for rank in range(W):
+        blocks = dealt_in_turns(plan, segments, W, rank)
+        found.append(list(lane_steps(WindowReader(plan), segments, rank, W, blocks)))
+        assert next(blocks, None) is None  # nothing was left over
+    check(found, reference(plan, segments), segments)
+
+
+def through_ray(plan: ReadPlan, segments: Segments, W: int, slow: int) -> list[list[StepWindows]]:
+    """The same through Ray Data, in W threads, one of which is slow."""
+    dataset = window_dataset(plan, segments, token_bytes=2)
+    shards = StreamConfig().configure({"train": dataset}, W, None, None)
+    found: list[list[StepWindows]] = [[] for _ in range(W)]
+    failures: list[BaseException] = []
+
+    def consume(rank: int) -> None:
+        try:
+            blocks = stream_blocks(shards[rank]["train"])
+            for one in lane_steps(WindowReader(plan), segments, rank, W, blocks):
+                found[rank].append(one)
+                time.sleep(0.02 if rank == slow else 0)
+            assert next(blocks, None) is None
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=consume, args=(rank,), daemon=True) for rank in range(W)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive(), "the stream hangs"
+    if failures:
+        raise failures[0]
+    return found
+
+
+@pytest.mark.parametrize("case", range(7))
+def test_ray_data_carries_what_the_reader_reads(
+    ray_session: None, tiny_corpus: Corpus, case: int
+) -> None:
+    """Random start, W, segment length and ramp; case 0 crosses an epoch's end for sure.
+
+    This would notice a Ray Data that deals blocks in another way, as its defaults do.
+    """
+    random = Random(case)
+    plan = plan_of(tiny_corpus, lanes=random.choice([4, 8]), ramp=random.random() < 0.5)
+    start = 40 if case == 0 else random.randrange(60)
+    steps = 40 if case == 0 else random.randrange(5, 50)
+    segments = Segments(start, start + steps, random.randrange(2, 12), plan.lanes)
+    W = case % 4 + 1
+    found = through_ray(plan, segments, W, slow=random.randrange(W))
+    check(found, reference(plan, segments), segments)
+
+
+def test_readers_find_room_beside_workers_that_fill_the_machine(
+    ray_session: None, tiny_corpus: Corpus
+) -> None:
+    @ray.remote(num_cpus=1 - READER_CPUS)
+    class Worker:
+        def ready(self) -> bool:
+            return True
+
+    assert ray.cluster_resources()["CPU"] == 2
+    workers: list[Any] = [Worker.remote() for _ in range(2)]  # type: ignore[attr-defined]
+    try:
+        assert ray.get([worker.ready.remote() for worker in workers], timeout=60) == [True, True]
+        plan = plan_of(tiny_corpus)
+        segments = Segments(0, 30, 3, plan.lanes)
+        check(through_ray(plan, segments, 2, slow=0), reference(plan, segments), segments)
+    finally:
+        for worker in workers:
+            ray.kill(worker)
+
+
+def test_a_run_of_one_segment_needs_no_block(ray_session: None, tiny_corpus: Corpus) -> None:
+    plan = plan_of(tiny_corpus)
+    segments = Segments(5, 9, 10, plan.lanes)
+    check(through_ray(plan, segments, 2, slow=1), reference(plan, segments), segments)
+
+
+def test_a_block_of_another_worker_is_noticed(tiny_corpus: Corpus) -> None:
+    plan = plan_of(tiny_corpus)
+    segments = Segments(0, 12, 3, plan.lanes)
+    swapped = dealt_in_turns(plan, segments, 2, rank=1)
+    with pytest.raises(StreamError, match=r"expected the block of lane 0, step 3, .*\(1, 3\)"):
+        list(lane_steps(WindowReader(plan), segments, 0, 2, swapped))
+
+
+def test_another_start_is_noticed(tiny_corpus: Corpus) -> None:
+    """Worker and stream must begin at the same step."""
+    plan = plan_of(tiny_corpus)
+    segments = Segments(0, 12, 3, plan.lanes)
+    blocks = dealt_in_turns(plan, replace(segments, start=1), 1, rank=0)
+    with pytest.raises(StreamError, match=r"lane 0, step 3, got .*\(0, 4\)"):
+        list(lane_steps(WindowReader(plan), segments, 0, 1, blocks))
+
+
+def test_a_missing_or_cut_block_is_noticed(tiny_corpus: Corpus) -> None:
+    plan = plan_of(tiny_corpus)
+    segments = Segments(0, 12, 3, plan.lanes)
+    blocks = list(dealt_in_turns(plan, segments, 1, rank=0))
+    with pytest.raises(StreamError, match="ended before the block of lane 3, step 9"):
+        list(lane_steps(WindowReader(plan), segments, 0, 1, iter(blocks[:-1])))
+    cut = blocks[0]["windows"][0].as_py()[: -65 * 2]
+    blocks[0] = blocks[0].set_column(2, "windows", pa.array([cut], pa.large_binary()))
+    with pytest.raises(StreamError, match="block of step 5 is too short"):
+        list(lane_steps(WindowReader(plan), segments, 0, 1, iter(blocks)))
