@@ -256,7 +256,7 @@ class Config:
 
     @property
     def min_lr(self) -> float:
-        return 0.1 * self.optim.max_lr if self.optim.min_lr is None else self.optim.min_lr
+        return self.optim.max_lr / 10 if self.optim.min_lr is None else self.optim.min_lr
 
     @property
     def segment_steps(self) -> int:

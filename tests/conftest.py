@@ -19,6 +19,7 @@ os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)
 os.environ.pop("RAY_ADDRESS", None)  # never run tests on somebody's cluster
 
 import pytest
+from head import Head
 
 from raygpt.data.corpus import Corpus, open_corpus
 from raygpt.data.prepare import prepare
@@ -27,7 +28,7 @@ from raygpt.data.prepare import prepare
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start Ray run one after the other: each needs the CPUs it asks for."""
     for item in items:
-        if "ray_session" in getattr(item, "fixturenames", ()):
+        if {"ray_session", "head"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("ray"))
 
 
@@ -50,3 +51,10 @@ def ray_session() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[Head]:
+    """A Ray head of two CPUs, which two workers and their readers fill."""
+    with Head(cpus=2) as started:
+        yield started

@@ -69,7 +69,7 @@ def test_reads_back_the_text(made: Path) -> None:
         assert [hashlib.sha256(t.astype("<u2").tobytes()).hexdigest() for t in tokens] == [
             chunk.sha256 for chunk in chunks
         ]
-        assert {len(t) for t in tokens[:-1]} == {4096}
+        assert {len(t) for t in tokens[:-1]} == {2049}
         assert np.concatenate(tokens).tolist() == [256, *expected]
         assert corpus.tokens(split) == len(expected) + 1
 
@@ -187,7 +187,7 @@ def test_other_tokens_in_the_shard(path: Path) -> None:
     name = corpus.chunks("val")[0].shard
 
     def replace(tokens: np.ndarray) -> None:
-        with ShardWriter(Folder.from_path(str(path)), name, tokens.dtype, 4096) as writer:
+        with ShardWriter(Folder.from_path(str(path)), name, tokens.dtype, 2049) as writer:
             writer.add(tokens)
 
     where = f"{path}/{name}, row group 0 is damaged: "
@@ -203,11 +203,11 @@ def test_other_tokens_in_the_shard(path: Path) -> None:
     )
     replace(tokens[:-1])
     assert fails(lambda: corpus.read_chunk("val", 0)).startswith(
-        f"{where}4095 tokens of uint16 instead of 4096 of uint16"
+        f"{where}2048 tokens of uint16 instead of 2049 of uint16"
     )
     replace(tokens.astype(np.uint32))
     assert fails(lambda: corpus.read_chunk("val", 0)).startswith(
-        f"{where}4096 tokens of uint32 instead of 4096 of uint16"
+        f"{where}2049 tokens of uint32 instead of 2049 of uint16"
     )
 
 

@@ -129,7 +129,7 @@ def test_embedded_text_is_one_document_cut_in_two(tmp_path: Path) -> None:
     assert summary.tokens == {"train": 1 + 1_003_854, "val": 1 + 111_540}
     assert tokens_of(tmp_path / "out", "train").tolist() == [256, *data[:1_003_854]]
     assert tokens_of(tmp_path / "out", "val").tolist() == [256, *data[1_003_854:]]
-    assert summary.chunks == {"train": 64, "val": 28}
+    assert summary.chunks == {"train": 246, "val": 55}
 
 
 def test_documents_go_by_the_hash_of_their_content(tmp_path: Path) -> None:
@@ -179,14 +179,15 @@ def test_equal_documents_still_fill_both_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tokens", "chunk_tokens", "expected"),
     [
-        (1, 2**20, 4096),
-        (64 * 4096, 2**20, 4096),
-        (64 * 4096 + 1, 2**20, 4097),
-        (304_223, 2**20, 4754),
-        (64 * 2**20 - 1, 2**20, 2**20),
-        (64 * 2**20, 2**20, 2**20),
-        (10**12, 2**20, 2**20),
-        (32 * 2**20, 2**20, 2**19),
+        (1, 2**20 + 1, 2049),
+        (256 * 2048, 2**20 + 1, 2049),
+        (256 * 2048 + 1, 2**20 + 1, 3073),
+        (1_003_855, 2**20 + 1, 4097),
+        (304_223, 2**20 + 1, 2049),
+        (256 * 2**20, 2**20 + 1, 2**20 + 1),
+        (10**12, 2**20 + 1, 2**20 + 1),
+        (128 * 2**20, 2**20 + 1, 2**19 + 1),
+        (256 * 257, 257, 257),
         (10, 100, 100),
     ],
 )
@@ -196,14 +197,14 @@ def test_chunk_size(tokens: int, chunk_tokens: int, expected: int) -> None:
 
 def test_full_and_smaller_chunks(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x" * 6_000_000)
-    local(tmp_path / "a.txt", tmp_path / "out", val_fraction=0.05, chunk_tokens=80_000)
+    local(tmp_path / "a.txt", tmp_path / "out", val_fraction=0.05, chunk_tokens=20_000)
     corpus = open_corpus(str(tmp_path / "out"))
-    sizes_of: list[tuple[Split, int]] = [("train", 80_000), ("val", 4688)]
+    sizes_of: list[tuple[Split, int]] = [("train", 20_000), ("val", 2049)]
     for split, full in sizes_of:
         sizes = [chunk.tokens for chunk in corpus.chunks(split)]
         assert set(sizes[:-1]) == {full} and 0 < sizes[-1] <= full
         assert len(sizes) == -(-corpus.tokens(split) // full)
-    assert len(corpus.chunks("train")) == 72 and len(corpus.chunks("val")) == 64
+    assert len(corpus.chunks("train")) == 286 and len(corpus.chunks("val")) == 147
 
 
 def test_what_lies_in_the_files(tmp_path: Path) -> None:

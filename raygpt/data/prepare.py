@@ -47,9 +47,12 @@ from raygpt.data.tokenizer import Tokenizer, load_tokenizer
 from raygpt.errors import UserError
 from raygpt.storage import Folder
 
-CHUNK_TOKENS = 2**20
-MIN_CHUNK_TOKENS = 4096
-MIN_CHUNKS = 64
+CHUNK_UNIT = 1024
+CHUNK_TOKENS = CHUNK_UNIT * 1024 + 1
+"""A window of T tokens needs one more for its last target; with it, no T that is a power of two
+and at most 2**20 leaves a tail."""
+MIN_CHUNK_TOKENS = 2 * CHUNK_UNIT + 1
+MIN_CHUNKS = 256
 FRAGMENT_BYTES = 64 * 2**20
 SEED = 1337
 _HASH_RANGE = 2**64
@@ -190,12 +193,14 @@ def prepare(
 def chunk_size(tokens: int, chunk_tokens: int = CHUNK_TOKENS) -> int:
     """Tokens of a chunk in a split of ``tokens`` tokens.
 
-    ``chunk_tokens``, unless that makes fewer than 64 full chunks: lanes deal in chunks, so a small
-    split is cut into about 64, but not below 4,096 tokens.
+    ``chunk_tokens``, unless that makes fewer than 256 full chunks: a lane goes through one chunk
+    after the other, so a text in few chunks is hardly shuffled.  A small split is cut into at
+    most 256, of a multiple of 1,024 tokens and one, and at least 2,049.
     """
     if tokens // chunk_tokens >= MIN_CHUNKS:
         return chunk_tokens
-    return min(chunk_tokens, max(MIN_CHUNK_TOKENS, -(-tokens // MIN_CHUNKS)))
+    units = -(-tokens // (MIN_CHUNKS * CHUNK_UNIT))
+    return min(chunk_tokens, max(MIN_CHUNK_TOKENS, units * CHUNK_UNIT + 1))
 
 
 def _check_output(folder: Folder) -> None:
@@ -345,7 +350,7 @@ def _cut_chunks(settings: _Settings, split: Split, results: list[_Result]) -> li
 
 
 def _rewrite(settings: _Settings, shard: Shard, chunk_tokens: int) -> Shard:
-    """Only for small splits (under 64 full chunks), so a shard fits into memory."""
+    """Only for small splits (under 256 full chunks), so a shard fits into memory."""
     file = pa.BufferReader(settings.output.read_bytes(shard.name))
     tokens = pq.read_table(file, columns=[COLUMN]).column(0).to_numpy()
     with ShardWriter(settings.output, shard.name, tokens.dtype, chunk_tokens) as writer:

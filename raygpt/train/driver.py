@@ -1,15 +1,11 @@
 """The driver: checks everything, starts the Ray Train job, shows it, says what came out."""
 
-import contextlib
 import json
-import logging
-import math
 import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import ray
 import ray.train
 import torch
 from ray.data import Dataset
@@ -21,11 +17,18 @@ from raygpt.config import Config
 from raygpt.data.stream import READER_CPUS, StreamConfig, window_dataset
 from raygpt.data.tokenizer import load_tokenizer
 from raygpt.errors import UserError
-from raygpt.generate import generate
+from raygpt.generate import sample_text
 from raygpt.storage import Folder
-from raygpt.train import state
+from raygpt.train import cluster, state
 from raygpt.train.console import Follower, table
-from raygpt.train.job import Job, check_identity, derived, resolve
+from raygpt.train.job import (
+    Job,
+    check_identity,
+    derived,
+    resolve,
+    shown_settings,
+    with_absolute_storage,
+)
 from raygpt.train.progress import METRICS, TENSORBOARD, read_json_lines
 from raygpt.train.worker import segments_from, train_worker
 
@@ -33,7 +36,6 @@ CONFIG = "config.json"
 SAMPLES = "samples.txt"
 MAX_FAILURES_WITHOUT_A_CHECKPOINT = 3
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
-_SAMPLE_TOP_K = 50
 
 
 def run(config: Config, dry_run: bool = False) -> None:
@@ -44,6 +46,7 @@ def run(config: Config, dry_run: bool = False) -> None:
             is not as it must be; nothing was trained or written over.
     """
     console = Console()
+    config = with_absolute_storage(config)
     if not dry_run:
         Folder.from_path(config.run.storage).check_writable()
     job = resolve(config)
@@ -51,66 +54,37 @@ def run(config: Config, dry_run: bool = False) -> None:
     rows = derived(job)
     if checkpoint is not None:
         rows["resumed from"] = f"{checkpoint.folder} (step {checkpoint.position.step:,})"
+    console.print(table("Settings", shown_settings(job)))
     console.print(table("Plan", rows))
     if dry_run:
         return
 
     step = checkpoint.position.step if checkpoint else 0
     if step < config.train.steps:
-        job = _on_cluster(job)
+        _say(console, "connecting to Ray ...")
+        cluster.connect()
+        job = replace(job, config=replace(job.config, scale=cluster.fit_scale(job.config.scale)))
         job.run.write_bytes(CONFIG, json.dumps(job.settings(), indent=1).encode())
         began = time.monotonic()
         with Follower(job.run, console, step, config.train.steps, config.train.log_every):
             _fit(job)
         seconds = time.monotonic() - began
     else:
-        console.print(f"{job.run} is finished: all {step:,} steps are done")
+        _say(console, f"{job.run} is finished: all {step:,} steps are done")
         seconds = 0.0
     _conclude(job, console, step, seconds)
 
 
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _find_checkpoint(job: Job, console: Console) -> state.Checkpoint | None:
     """The checkpoint to go on from, once it is sure that the run may go on."""
-    checkpoint = state.latest(
-        job.run, lambda text: console.print(f"warning: {text}", highlight=False, soft_wrap=True)
-    )
+    checkpoint = state.latest(job.run, lambda text: _say(console, f"warning: {text}"))
     if checkpoint is not None:
         check_identity(job, checkpoint.metadata["identity"])
     return checkpoint
-
-
-def _on_cluster(job: Job) -> Job:
-    """Connect to Ray, or start it here; settle GPUs; check that workers and readers fit.
-
-    Raises:
-        UserError: the cluster is too small; says what it has.
-    """
-    if not ray.is_initialized():
-        with contextlib.suppress(ConnectionError):
-            ray.init(logging_level=logging.ERROR, log_to_driver=False)
-    if not ray.is_initialized():
-        raise UserError("no Ray cluster answers at RAY_ADDRESS; start one, or unset RAY_ADDRESS")
-    scale = job.config.scale
-    total = ray.cluster_resources()
-    gpus = scale.gpus_per_worker
-    if gpus is None:
-        gpus = int(total.get("GPU", 0) >= 1)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = 0
-    for node in nodes:
-        fits = math.floor(node.get("CPU", 0) / scale.cpus_per_worker + 1e-9)
-        room += min(fits, math.floor(node.get("GPU", 0))) if gpus else fits
-    if room < scale.min_workers:
-        has = ", ".join(
-            f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes
-        )
-        raise UserError(
-            f"scale.workers {scale.workers}: the cluster has room for {room} workers of "
-            f"{scale.cpus_per_worker:g} CPUs and {gpus} GPUs (its nodes have {has}); lower "
-            "scale.workers or scale.cpus_per_worker, or add nodes"
-        )
-    scale = replace(scale, gpus_per_worker=gpus)
-    return replace(job, config=replace(job.config, scale=scale))
 
 
 def _window_dataset(job: Job) -> Dataset:
@@ -212,17 +186,21 @@ def _conclude(job: Job, console: Console, first_step: int, seconds: float) -> No
     position = checkpoint.position
     rows = read_json_lines(job.run, METRICS)
     trained = position.tokens - job.schedule.tokens_before(first_step)
+    in_steps = sum(row["step_ms"] for row in rows if row["step"] >= first_step) / 1000
     result = {
         "steps": f"{position.step:,}, {position.skipped} skipped",
         "tokens": f"{position.tokens:,}",
         "training loss": f"{rows[-1]['loss']:.6f}" if rows and rows[-1]["loss"] else "-",
         "validation loss": _loss(position.val_loss),
         "best validation loss": _loss(position.best_val_loss),
-        "time": f"{seconds:.1f} s",
-        "tokens a second": f"{trained / seconds:,.2f} (start of Ray included)" if seconds else "-",
+        "time": f"{seconds:.1f} s, {in_steps:.1f} s of it in steps",
+        "tokens a second": f"{trained / in_steps:,.0f} in steps, {trained / seconds:,.0f} overall"
+        if trained
+        else "-",
         "weights sha256": checkpoint.weights_sha256,
         "run": str(job.run),
         "checkpoint": checkpoint.folder.split()[1],
+        "metrics": METRICS,
         "TensorBoard": f"tensorboard --logdir {job.run.child(TENSORBOARD)}",
     }
     console.print(table("Result", result))
@@ -240,11 +218,15 @@ def _sample(job: Job, checkpoint: state.Checkpoint) -> str:
     """A sample of the final model; added to the run's samples.txt."""
     loaded = state.load_model(checkpoint.folder.uri)
     tokenizer = load_tokenizer(loaded.tokenizer_name)
-    prompt = torch.tensor([tokenizer.encode(job.config.train.sample_prompt).astype("int64")])
-    generator = torch.Generator().manual_seed(job.config.train.seed)
-    length = prompt.shape[1] + job.config.train.sample_tokens
-    tokens = generate(loaded.model, prompt, length, top_k=_SAMPLE_TOP_K, generator=generator)
-    text = tokenizer.decode(tokens[0].tolist())
+    train = job.config.train
+    (text,) = sample_text(
+        loaded.model,
+        tokenizer,
+        train.sample_prompt,
+        num_return_sequences=1,
+        max_length=len(tokenizer.encode(train.sample_prompt)) + train.sample_tokens,
+        seed=train.seed,
+    )
     try:
         earlier = job.run.read_bytes(SAMPLES)
     except FileNotFoundError:

@@ -1,0 +1,77 @@
+"""The Ray cluster of a run: connect to it, or start one here; check that the run fits.
+
+What it gives up: choosing among clusters.  ``RAY_ADDRESS``, which ``ray job submit`` sets,
+decides; without it Ray starts on this machine and ends with the job.
+"""
+
+import logging
+import math
+import os
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray._private.state import state as ray_state
+
+from raygpt.config import ScaleConfig
+from raygpt.data.stream import READER_CPUS
+from raygpt.errors import UserError
+
+_ADDRESS = "RAY_ADDRESS"
+
+
+def connect() -> None:
+    """Connect to the cluster at ``RAY_ADDRESS``, or start Ray on this machine.
+
+    Raises:
+        UserError: no cluster answers at that address.
+    """
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if _ADDRESS not in os.environ:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"no Ray cluster answers at {_ADDRESS}={os.environ[_ADDRESS]} ({reason}); start it, "
+            f"correct {_ADDRESS}, or unset it to train on this machine"
+        ) from error
+
+
+def fit_scale(scale: ScaleConfig) -> ScaleConfig:
+    """Settle ``gpus_per_worker`` and check that workers and their readers fit the cluster.
+
+    Where the cluster can grow, what its configuration allows counts, not what is there.
+
+    Raises:
+        UserError: the cluster is too small; says what it has.
+    """
+    if scale.cpus_per_worker <= READER_CPUS:
+        raise UserError(
+            f"scale.cpus_per_worker {scale.cpus_per_worker:g} must be above {READER_CPUS}, the "
+            "share that reading takes"
+        )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = ray_state.get_max_resources_from_cluster_config()
+    shapes: list[dict[str, Any]] = [most] if most else nodes
+    gpus = scale.gpus_per_worker
+    if gpus is None:
+        gpus = int(any(shape.get("GPU", 0) >= 1 for shape in shapes))
+    room = sum(_room(shape, scale.cpus_per_worker, gpus) for shape in shapes)
+    if room < scale.min_workers:
+        has = ", ".join(f"{s.get('CPU', 0):g} CPUs and {s.get('GPU', 0):g} GPUs" for s in shapes)
+        where = "it can grow to" if most else "its nodes have"
+        raise UserError(
+            f"scale.workers {scale.workers}: the cluster has room for {room} workers of "
+            f"{scale.cpus_per_worker:g} CPUs and {gpus} GPUs ({where} {has}); lower "
+            "scale.workers or scale.cpus_per_worker, or add nodes"
+        )
+    return replace(scale, gpus_per_worker=gpus)
+
+
+def _room(resources: dict[str, Any], cpus: float, gpus: int) -> int:
+    """Workers that fit into one node."""
+    room = math.floor(resources.get("CPU", 0) / cpus + 1e-9)
+    return min(room, math.floor(resources.get("GPU", 0) / gpus)) if gpus else room

@@ -1,0 +1,231 @@
+"""Whole runs on a real Ray: what is printed and written, every W, killed and gone on with."""
+
+import json
+import math
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from head import Head
+
+from raygpt.data.prepare import prepare
+from raygpt.settings import load_settings
+from raygpt.storage import Folder
+from raygpt.train.state import METADATA, MODEL, checkpoint_name, steps_of
+
+STEPS = 300
+SETTINGS = f"""
+run: {{storage: STORAGE}}
+data: {{corpus: CORPUS, segment_steps: 17}}
+model: {{n_layer: 2, n_head: 2, n_embd: 32, block_size: 32, vocab_size: 264, dropout: 0.1}}
+batch: {{tokens: 512, lanes: 4, micro: 3, ramp_start_tokens: 128, ramp_tokens: 20000}}
+optim: {{max_lr: 3.0e-3, warmup_steps: 20, grad_clip: 1.0}}
+train:
+  {{steps: {STEPS}, log_every: 10, eval_every: 60, eval_tokens: 8192, checkpoint_every: 40,
+  sample_tokens: 20, precision: fp32}}
+scale: {{workers: 2, gpus_per_worker: 0}}
+"""
+KEYS = {
+    *("step", "tokens", "loss", "lr", "grad_norm", "step_ms", "tokens_per_s", "mfu"),
+    *("data_wait_ms", "world_size", "epoch", "batch_hash"),
+}
+TRAINED = ("step", "tokens", "loss", "lr", "grad_norm", "epoch", "batch_hash", "val_loss")
+"""What must be equal, bit for bit, between two runs of the same settings."""
+LINE = re.compile(
+    r"step +\d+ \| loss: \d+\.\d{6} \| lr \d\.\d{4}e[-+]\d\d \| norm: \d+\.\d{4} \| "
+    r"dt: \d+\.\d\dms \| tok/sec: \d+\.\d\d"
+)
+
+
+@dataclass
+class Place:
+    """A settings file, and the storage it names."""
+
+    head: Head
+    file: Path
+    storage: Path
+
+    def train(self, name: str, *arguments: str, status: int = 0) -> str:
+        return self.head.train(*self.arguments(name), *arguments, status=status)
+
+    def arguments(self, name: str) -> list[str]:
+        return ["--config", str(self.file), "--run.name", name]
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.storage / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def trained(self, name: str) -> list[dict[str, Any]]:
+        return [{key: row[key] for key in TRAINED if key in row} for row in self.rows(name)]
+
+    def sha256(self, name: str, step: int = STEPS) -> str:
+        path = self.storage / name / checkpoint_name(step) / METADATA
+        sha256: str = json.loads(path.read_text())["files"][MODEL]["sha256"]
+        return sha256
+
+
+@pytest.fixture(scope="module")
+def place(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A text of 20,000 bytes, of which 300 steps make several epochs."""
+    folder = tmp_path_factory.mktemp("runs")
+    text = (resources.files("raygpt") / "assets" / "tinyshakespeare.txt").read_bytes()[:20_000]
+    (folder / "text.txt").write_bytes(text)
+    corpus, storage = str(folder / "corpus"), folder / "storage"
+    prepare([str(folder / "text.txt")], corpus, "bytes", val_fraction=0.1, on_ray=False)
+    file = folder / "run.yaml"
+    file.write_text(SETTINGS.replace("STORAGE", str(storage)).replace("CORPUS", corpus))
+    return Place(head, file, storage)
+
+
+@pytest.fixture(scope="module")
+def quiet(place: Place) -> str:
+    """The output of an undisturbed run of two workers, called ``quiet``."""
+    return place.train("quiet")
+
+
+def test_a_run_prints_what_a_user_wants_to_know(place: Place, quiet: str) -> None:
+    lines = quiet.splitlines()
+    steps = [line for line in lines if line.startswith("step ")]
+    assert all(LINE.match(line) for line in steps)
+    numbers = [int(line.split()[1]) for line in steps]
+    logged = {*range(0, STEPS, 10), *range(59, STEPS, 60)}
+    assert numbers == sorted(logged)
+    titles = ["Settings", "Plan", "Result"]
+    assert [line.strip() for line in lines if line.strip() in titles] == titles
+    assert place.sha256("quiet")[:40] in quiet.replace(" ", "").replace("│\n│││", "")
+    assert f"Sample at step {STEPS}:" in lines
+    assert "Traceback" not in quiet and "Warning" not in quiet
+
+
+def test_a_runs_folder_holds_what_the_design_says(place: Place, quiet: str) -> None:
+    run = place.storage / "quiet"
+    rows = place.rows("quiet")
+    assert [row["step"] for row in rows] == list(range(STEPS))
+    assert all(row.keys() >= KEYS for row in rows)
+    assert [row["step"] for row in rows if "val_loss" in row] == list(range(59, STEPS, 60))
+    assert rows[0]["epoch"] == 0 and rows[-1]["epoch"] >= 3
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1
+    for row in rows[1:]:
+        tokens = row["tokens"] - rows[row["step"] - 1]["tokens"]
+        assert row["tokens_per_s"] == pytest.approx(1000 * tokens / row["step_ms"], rel=1e-3)
+    assert steps_of(Folder.from_path(str(run)))[-2:] == [280, STEPS]
+    assert (run / "samples.txt").read_text().count("--- step") == 1
+    assert list((run / "tensorboard").glob("events.out.*"))
+    resolved, _ = load_settings(["--config", str(run / "config.json")])
+    assert resolved.optim.min_lr == 3e-4 and resolved.optim.decay_tokens == rows[-1]["tokens"]
+
+
+def test_one_worker_trains_the_same_model(place: Place, quiet: str) -> None:
+    """Losses, norms, validation losses and weights: equal bits, not nearly equal numbers."""
+    place.train("alone", "--scale.workers", "1")
+    assert place.trained("alone") == place.trained("quiet")
+    assert {row["world_size"] for row in place.rows("alone")} == {1}
+    assert place.sha256("alone") == place.sha256("quiet")
+
+
+def kill_at(place: Place, name: str, step: int) -> None:
+    """Start a run and kill its driver, the hard way, once ``step`` is in its metrics."""
+    process = place.head.start(sys.executable, "jobs/train.py", *place.arguments(name))
+    metrics = place.storage / name / "metrics.jsonl"
+    try:
+        while not (metrics.exists() and metrics.read_bytes().count(b"\n") > step):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(place: Place, quiet: str) -> None:
+    """Twice killed at a random moment; the second time its newest checkpoint is damaged, too."""
+    kill_at(place, "killed", Random().randrange(1, STEPS // 3))
+    kill_at(place, "killed", Random().randrange(STEPS // 2, STEPS * 2 // 3))
+    run = place.storage / "killed"
+    newest = max(run.glob("checkpoint_*/" + METADATA)).parent
+    data = bytearray((newest / MODEL).read_bytes())
+    data[-1] ^= 1
+    (newest / MODEL).write_bytes(data)
+
+    output = place.train("killed")
+    (warning,) = (line for line in output.splitlines() if line.startswith("warning: "))
+    assert str(newest / MODEL) in warning and "sha256" in warning
+    assert place.trained("killed") == place.trained("quiet")
+    assert place.sha256("killed") == place.sha256("quiet")
+
+
+def test_a_finished_run_is_not_trained_again(place: Place, quiet: str) -> None:
+    metrics = place.storage / "quiet" / "metrics.jsonl"
+    before = metrics.read_bytes()
+    output = place.train("quiet")
+    assert f"is finished: all {STEPS} steps are done" in output
+    assert metrics.read_bytes() == before
+
+
+def test_other_settings_are_refused_with_old_and_new(place: Place, quiet: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (place.storage / "quiet").rglob("*")}
+    changed = ("--data.seed", "5", "--model.n_head", "4")
+    output = place.train("quiet", *changed, status=2)
+    (error,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert "data.seed was 1337, is 5" in error and "model.n_head was 2, is 4" in error
+    after = {path: path.stat().st_mtime_ns for path in (place.storage / "quiet").rglob("*")}
+    assert after == before
+
+
+def test_a_cluster_that_is_too_small_is_told_at_once(place: Place) -> None:
+    output = place.train("large", "--scale.workers", "3", status=2)
+    (error,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert "room for 2 workers" in error and "its nodes have 2 CPUs" in error
+    assert not (place.storage / "large").exists()
+
+
+def test_ten_steps_that_are_not_finite_end_the_run(place: Place) -> None:
+    """Weights that overflow: the last step that counted is the one that made them."""
+    output = place.train("wild", "--optim.max_lr", "1e30", "--optim.warmup_steps", "0", status=2)
+    (error,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert "not finite in 10 steps in a row" in error and "lower optim.max_lr" in error
+    rows = place.rows("wild")
+    assert [row["loss"] is None for row in rows[-10:]] == [True] * 10
+    assert rows[-1]["skipped"] >= 10
+
+
+def test_a_submitted_job_trains_the_same_model(place: Place, quiet: str) -> None:
+    """``ray job submit`` as in the README; its exit status is the job's."""
+    ray = str(Path(sys.executable).parent / "ray")
+    submit = (ray, "job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py")
+    process = place.head.start(*submit, *place.arguments("submitted"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert f"Sample at step {STEPS}:" in output and LINE.search(output)
+    assert place.trained("submitted") == place.trained("quiet")
+    assert place.sha256("submitted") == place.sha256("quiet")
+
+    process = place.head.start(*submit, "--train.stepps", "3")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "error: unknown option --train.stepps; did you mean --train.steps?" in output
+
+
+def test_gpt2_trains_on_its_own_tokens(head: Head, tmp_path: Path) -> None:
+    """The 124M preset, 20 small steps: it begins at chance and falls."""
+    small = ("--batch.tokens", "128", "--batch.lanes", "1", "--batch.micro", "1")
+    head.train(
+        *("gpt2", "--data.corpus", "embedded", "--run.storage", str(tmp_path), *small),
+        *("--model.block_size", "128", "--train.steps", "20", "--train.eval_tokens", "0"),
+        *("--optim.warmup_steps", "5", "--train.sample_tokens", "5", "--train.precision", "fp32"),
+        *("--scale.gpus_per_worker", "0", "--scale.threads", "2"),
+    )
+    lines = (tmp_path / "gpt2" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert len(losses) == 20
+    assert losses[0] == pytest.approx(math.log(50_304), abs=0.2)
+    assert sum(losses[-5:]) / 5 < losses[0] - 1
+    shutil.rmtree(tmp_path)  # a checkpoint of 1.5 GB
