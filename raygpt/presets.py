@@ -36,13 +36,13 @@ def _shakespeare() -> Config:
     return Config(
         run=RunConfig(name="shakespeare"),
         data=DataConfig(corpus=EMBEDDED_CORPUS),
-        model=ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=320),
+        model=ModelConfig(n_layer=3, n_head=4, n_embd=128, block_size=64, vocab_size=320),
         batch=BatchConfig(tokens=768, lanes=2, micro=6),
         optim=OptimConfig(max_lr=3e-3, warmup_steps=100, weight_decay=0.1),
         train=TrainConfig(
-            steps=2000, log_every=10, eval_every=250, checkpoint_every=500, precision="fp32"
+            steps=2400, log_every=20, eval_every=600, checkpoint_every=600, precision="fp32"
         ),
-        scale=ScaleConfig(workers="2"),
+        scale=ScaleConfig(workers="2", gpus_per_worker=0),  # for a GPU it is far too small
     )
 
 

@@ -1,5 +1,6 @@
 """A Ray head as a user starts one, with token authentication; and jobs run against it."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -54,15 +55,25 @@ class Head:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop the head and whatever it started, by process id."""
+        """Stop the head and whatever it started, by process id, until none is left."""
         head = psutil.Process(self._process.pid)
         family = [head, *head.children(recursive=True)]
-        self._process.terminate()
-        _, alive = psutil.wait_procs(family, timeout=10)
-        for process in alive:
-            process.kill()
-        psutil.wait_procs(alive, timeout=10)
+        while family:
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(family, timeout=10)
+            self._process.wait()
+            family = self._left()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _left(self) -> list[psutil.Process]:
+        """Processes of this cluster that are nobody's children any more."""
+        return [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if any(str(self._folder) in part for part in process.info["cmdline"] or ())
+        ]
 
     def _wait(self) -> None:
         request = urllib.request.Request(

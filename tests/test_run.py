@@ -120,7 +120,8 @@ def test_a_runs_folder_holds_what_the_design_says(place: Place, quiet: str) -> N
     assert (run / "samples.txt").read_text().count("--- step") == 1
     assert list((run / "tensorboard").glob("events.out.*"))
     resolved, _ = load_settings(["--config", str(run / "config.json")])
-    assert resolved.optim.min_lr == 3e-4 and resolved.optim.decay_tokens == rows[-1]["tokens"]
+    assert resolved.optim.min_lr == pytest.approx(3e-4)
+    assert resolved.optim.decay_tokens == rows[-1]["tokens"]
 
 
 def test_one_worker_trains_the_same_model(place: Place, quiet: str) -> None:

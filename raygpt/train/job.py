@@ -251,11 +251,16 @@ def check_identity(job: Job, earlier: dict[str, Any]) -> None:
 
 def shown_settings(job: Job) -> dict[str, str]:
     """Every setting, resolved, a line a section; printed at the start of a run."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:g}"
+        if isinstance(value, tuple):
+            return " ".join(map(shown, value))
+        return "-" if value in (None, "") else repr(value).strip("'")
+
     return {
-        section: ", ".join(
-            f"{name} {'-' if value in (None, '') else repr(value).strip(chr(39))}"
-            for name, value in values.items()
-        )
+        section: ", ".join(f"{name} {shown(value)}" for name, value in values.items())
         for section, values in job.settings().items()
     }
 

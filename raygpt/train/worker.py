@@ -11,6 +11,7 @@ from typing import Any
 
 import ray.train
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from raygpt import device as devices
@@ -120,6 +121,7 @@ class Worker:
 
             val_loss = self._validate()
             self._log_step(batch.step, result, tokens, lr, elapsed, data_wait, val_loss)
+            self._check_skipped()
             self._checkpoint()
             began = time.perf_counter()
         if self.log is not None:
@@ -131,19 +133,25 @@ class Worker:
         return lane_steps(self.reader, self.segments, self.rank, self.world_size, blocks)
 
     def _restore(self) -> Position:
-        """Load the latest whole checkpoint, if there is one."""
-        checkpoint = state.latest(self.job.run)
-        if checkpoint is None:
-            return Position()
-        state.restore(checkpoint, self.model, self.optimizer)
-        return checkpoint.position
-
-    def _advance(self, result: StepResult, tokens: int) -> None:
-        """Count the step; the same on every worker, so all stop together.
+        """Load the latest whole checkpoint, if there is one; the same on every worker.
 
         Raises:
-            UserError: too many steps in a row were skipped.
+            RuntimeError: workers see different checkpoints; a restart looks again.
         """
+        checkpoint, position = state.latest(self.job.run), Position()
+        if checkpoint is not None:
+            state.restore(checkpoint, self.model, self.optimizer)
+            position = checkpoint.position
+        ends = torch.tensor([position.step, -position.step], device=self.device)
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        last, first = ends[0].item(), -ends[1].item()
+        if first != last:
+            raise RuntimeError(f"workers see different checkpoints of {self.job.run}: steps "
+                               f"{first} to {last}")  # fmt: skip
+        return position
+
+    def _advance(self, result: StepResult, tokens: int) -> None:
+        """Count the step; the same on every worker."""
         p, skipped = self.position, int(result.skipped)
         self.position = Position(
             step=p.step + 1,
@@ -152,17 +160,23 @@ class Worker:
             skipped_in_a_row=(p.skipped_in_a_row + 1) * skipped,
             best_val_loss=p.best_val_loss,
         )
-        if not skipped:
-            return
-        if self.log is not None:
+        if skipped and self.log is not None:
             self.log.event(
                 "skip", p.step, f"loss {result.loss}, norm {result.grad_norm}: weights unchanged"
             )
+
+    def _check_skipped(self) -> None:
+        """All workers counted the same, so all stop together.
+
+        Raises:
+            UserError: too many steps in a row were skipped.
+        """
         if self.position.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
                 f"loss or gradient norm was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, "
-                f"the last at step {p.step}: no such step changed the weights; lower optim.max_lr, "
-                f"lengthen optim.warmup_steps or check the corpus, under another --run.name"
+                f"the last at step {self.position.step - 1}: no such step changed the weights; "
+                "lower optim.max_lr, lengthen optim.warmup_steps or check the corpus, under "
+                "another --run.name"
             )
 
     def _validate(self) -> float | None:
