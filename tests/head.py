@@ -18,6 +18,12 @@ ROOT = Path(__file__).parent.parent
 START_SECONDS = 90
 
 
+def activated() -> dict[str, str]:
+    """Environment in which ``python`` and ``ray`` are those that run the tests."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path}
+
+
 class Head:
     """``ray start --head`` with its own ports and folder; to be used in a ``with`` block.
 
@@ -35,7 +41,7 @@ class Head:
 
     def __enter__(self) -> "Head":
         command = [
-            *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"),
+            *("ray", "start", "--head", "--block"),
             *("--node-ip-address=127.0.0.1", f"--port={self.address.rpartition(':')[2]}"),
             *(
                 "--dashboard-host=127.0.0.1",
@@ -46,7 +52,7 @@ class Head:
             "--disable-usage-stats",
         ]
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+            self._process = subprocess.Popen(command, env=activated(), stdout=log, stderr=log)
         try:
             self._wait()
         except BaseException:
@@ -94,7 +100,8 @@ class Head:
     @property
     def environment(self) -> dict[str, str]:
         """Environment of a command that uses this cluster."""
-        return {**os.environ, "RAY_ADDRESS": self.address, "RAY_API_SERVER_ADDRESS": self.dashboard}
+        api = {"RAY_ADDRESS": self.address, "RAY_API_SERVER_ADDRESS": self.dashboard}
+        return {**activated(), **api}
 
     def start(self, *command: str) -> "subprocess.Popen[str]":
         """A command in the repository's folder; its output is one text."""
@@ -110,7 +117,7 @@ class Head:
 
     def train(self, *arguments: str, status: int = 0, timeout: float = 300) -> str:
         """The output of ``jobs/train.py``, which ends with ``status``."""
-        process = self.start(sys.executable, "jobs/train.py", *arguments)
+        process = self.start("python", "jobs/train.py", *arguments)
         try:
             output, _ = process.communicate(timeout=timeout)
         finally:

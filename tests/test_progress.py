@@ -153,8 +153,11 @@ def test_a_log_that_cannot_be_written_is_a_users_mistake(run: Folder) -> None:
         RunLog(run, 0)
 
 
-def test_an_object_store_has_whole_lines_after_each_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_store_has_whole_lines_after_each_flush(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """There a file is only ever written whole: lines wait for a flush or for their time."""
+    monkeypatch.chdir(tmp_path)
     run = Folder.from_path(f"mock:///bucket/{uuid.uuid4().hex}")
     monkeypatch.setattr("raygpt.train.progress.UPLOAD_SECONDS", math.inf)
     log = RunLog(run, 0)
@@ -174,7 +177,7 @@ def test_an_object_store_has_whole_lines_after_each_flush(monkeypatch: pytest.Mo
     log_steps(run, 1, 2)
     assert steps(run) == [0, 1]
     assert [e["kind"] for e in read_json_lines(run, EVENTS)] == ["checkpoint", "start"]
-    assert not run.exists(TENSORBOARD)
+    assert not run.exists(TENSORBOARD) and not list(tmp_path.iterdir())
 
 
 # --- TensorBoard

@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from importlib import resources
@@ -134,7 +133,7 @@ def test_one_worker_trains_the_same_model(place: Place, quiet: str) -> None:
 
 def kill_at(place: Place, name: str, step: int) -> None:
     """Start a run and kill its driver, the hard way, once ``step`` is in its metrics."""
-    process = place.head.start(sys.executable, "jobs/train.py", *place.arguments(name))
+    process = place.head.start("python", "jobs/train.py", *place.arguments(name))
     metrics = place.storage / name / "metrics.jsonl"
     try:
         while not (metrics.exists() and metrics.read_bytes().count(b"\n") > step):
@@ -200,8 +199,7 @@ def test_ten_steps_that_are_not_finite_end_the_run(place: Place) -> None:
 
 def test_a_submitted_job_trains_the_same_model(place: Place, quiet: str) -> None:
     """``ray job submit`` as in the README; its exit status is the job's."""
-    ray = str(Path(sys.executable).parent / "ray")
-    submit = (ray, "job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py")
+    submit = ("ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py")
     process = place.head.start(*submit, *place.arguments("submitted"))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output

@@ -7,6 +7,7 @@ decides; without it Ray starts on this machine and ends with the job.
 import logging
 import math
 import os
+import socket
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from raygpt.config import ScaleConfig
 from raygpt.data.stream import READER_CPUS
 from raygpt.errors import UserError
 
-_ADDRESS = "RAY_ADDRESS"
+CONNECT_SECONDS = 10.0
 
 
 def connect() -> None:
@@ -28,15 +29,19 @@ def connect() -> None:
     """
     if ray.is_initialized():
         return
+    address = os.environ.get("RAY_ADDRESS", "")
     try:
+        host, _, port = address.rpartition("://")[2].rpartition(":")
+        if host and port.isdigit():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if _ADDRESS not in os.environ:
+    except (OSError, RuntimeError, ValueError) as error:
+        if not address:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"no Ray cluster answers at {_ADDRESS}={os.environ[_ADDRESS]} ({reason}); start it, "
-            f"correct {_ADDRESS}, or unset it to train on this machine"
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}); start it, correct "
+            "RAY_ADDRESS, or unset it to train on this machine"
         ) from error
 
 
