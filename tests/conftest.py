@@ -1,6 +1,7 @@
 """Surroundings of every test, and what several of them need."""
 
 import os
+import subprocess
 import uuid
 from collections.abc import Iterator
 from importlib import resources
@@ -58,3 +59,15 @@ def head() -> Iterator[Head]:
     """A Ray head of two CPUs, which two workers and their readers fill."""
     with Head(cpus=2) as started:
         yield started
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB, mounted for a test; needs root."""
+    if os.geteuid():
+        pytest.skip("mounting a small file system needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -5,7 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -161,16 +161,6 @@ def test_no_cluster_at_the_address(tmp_path: Path, tiny_corpus: Corpus) -> None:
     (line,) = process.stderr.splitlines()
     assert line.startswith("error: no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1 ")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_no_space_for_the_corpus(job: Job, small_disk: Path) -> None:

@@ -157,7 +157,8 @@ def test_a_setting_that_does_not_fit_is_named(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"batch__tokens": 4 * 16 * 232},  # 928 of 930 windows
+        # A batch of all 930 windows.
+        {"batch__lanes": 2, "batch__tokens": 2 * 16 * 465, "scale__workers": "1"},
         {"batch__lanes": 8, "batch__tokens": 256},  # of 15 chunks
         {"model__vocab_size": 257},
         {"model__vocab_size": 1024},
@@ -402,6 +403,13 @@ def test_more_steps_need_the_old_decay(config: Config) -> None:
     message = refused(lambda: check_identity(resolve(longer), saved(before)))
     assert "optim.decay_tokens was 47616, is 76800;" in message
     check_identity(resolve(change(longer, optim__decay_tokens=47_616)), saved(before))
+
+
+def test_a_default_and_its_value_are_the_same(config: Config) -> None:
+    """So that another default in a later version does not change the run unnoticed."""
+    job = resolve(change(config, optim__min_lr=None))
+    assert saved(job)["optim.min_lr"] == 6e-4 / 10
+    check_identity(resolve(change(config, optim__min_lr=6e-4 / 10)), saved(job))
 
 
 def test_config_json_is_good_as_settings(config: Config) -> None:
