@@ -5,6 +5,7 @@ is the same on a laptop and in ``ray job logs``.
 """
 
 import json
+import math
 import threading
 from typing import Any
 
@@ -12,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from raygpt.errors import UserError
 from raygpt.storage import Folder
-from raygpt.train.progress import EVENTS, METRICS
+from raygpt.train.progress import EVENTS, METRICS, last_attempt
 
 POLL_SECONDS = 0.5
 POLL_SECONDS_REMOTE = 10.0
@@ -41,45 +43,49 @@ def step_line(row: dict[str, Any]) -> str:
 
 
 class _Tail:
-    """New whole lines of a growing file of JSON objects."""
+    """New whole lines of a growing file of JSON objects; all of them, once it was replaced."""
 
     def __init__(self, folder: Folder, name: str) -> None:
         self._folder, self._name = folder, name
-        self._offset = self._size()
-
-    def _size(self) -> int:
-        try:
-            return self._folder.size(self._name)
-        except FileNotFoundError:
-            return 0
+        self._offset, self._last = 0, b""
 
     def new(self) -> list[dict[str, Any]]:
-        size = self._size()
-        if size < self._offset:  # a restart took steps out
-            self._offset = 0
-        if size == self._offset:
+        try:
+            size = self._folder.size(self._name)
+            with self._folder.open_input(self._name) as file:
+                file.seek(self._offset - len(self._last))
+                data = file.read(max(0, size - file.tell()))
+                # A restart writes the file anew, and it may be longer by now than it was.
+                if not data.startswith(self._last):
+                    file.seek(0)
+                    self._offset, self._last = 0, b""
+                    data = file.read(size)
+        except FileNotFoundError:
             return []
-        with self._folder.open_input(self._name) as file:
-            file.seek(self._offset)
-            data = file.read(size - self._offset)
-        end = data.rfind(b"\n") + 1
-        self._offset += end
-        return [json.loads(line) for line in data[:end].splitlines()]
+        data = data[len(self._last) : data.rfind(b"\n") + 1]
+        lines = data.splitlines(keepends=True)
+        if lines:
+            self._offset += len(data)
+            self._last = lines[-1]
+        return [json.loads(line) for line in lines]
 
 
 class Follower:
     """Prints a run's steps and events while it trains; a context manager.
 
     Args:
-        first_step: steps before it are not printed again.
+        first_step: where the progress bar begins.
     """
 
     def __init__(
         self, run: Folder, console: Console, first_step: int, steps: int, log_every: int
     ) -> None:
         self._console, self._steps, self._log_every = console, steps, log_every
-        self._next_step = first_step
         self._metrics, self._events = _Tail(run, METRICS), _Tail(run, EVENTS)
+        self._events.new()
+        # Of what earlier starts logged, nothing is printed again.
+        self._shown = (last_attempt(self._metrics.new()), math.inf)
+        self._trouble = ""
         self._poll = POLL_SECONDS_REMOTE if run.root else POLL_SECONDS
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
@@ -108,24 +114,43 @@ class Follower:
     def _follow(self) -> None:
         while True:
             stopping = self._stop.is_set()  # read before the last look, so that nothing is missed
-            self._show()
+            try:
+                self._show()
+            except UserError as error:  # the storage does not answer; the next look may succeed
+                if str(error) != self._trouble:
+                    self._say(f"warning: cannot follow the run: {error}")
+                self._trouble = str(error)
             if stopping:
                 return
             self._stop.wait(self._poll)
 
     def _show(self) -> None:
-        for event in self._events.new():
-            if event["kind"] == "start":
-                self._next_step = min(self._next_step, event["step"])
+        """Print what is new, each event before the step it names."""
+        # Rows first: the start that a row belongs to is then among the events.
+        rows, events = self._metrics.new(), self._events.new()
+        for event in events:
+            if event["kind"] != "start":
+                before = [row for row in rows if row["step"] < event["step"]]
+                self._show_rows(before)
+                rows = rows[len(before) :]
             self._say(f"{event['kind']} at step {event['step']}: {event['text']}")
-        for row in self._metrics.new():
-            if row["step"] < self._next_step:
+        self._show_rows(rows)
+
+    def _show_rows(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            place = row["attempt"], row["step"]
+            if place <= self._shown:
                 continue
-            self._next_step = row["step"] + 1
+            self._shown = place
             if row["step"] % self._log_every == 0 or "val_loss" in row:
                 self._say(step_line(row))
             loss = "nan" if row["loss"] is None else f"{row['loss']:.4f}"
-            self._bar.update(self._task, completed=self._next_step, loss=loss)
+            self._bar.update(self._task, completed=row["step"] + 1, loss=loss)
 
     def _say(self, line: str) -> None:
-        self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(self._bar.console, line)
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is."""
+    console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)

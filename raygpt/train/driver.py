@@ -20,7 +20,7 @@ from raygpt.errors import UserError
 from raygpt.generate import sample_text
 from raygpt.storage import Folder
 from raygpt.train import cluster, state
-from raygpt.train.console import Follower, table
+from raygpt.train.console import Follower, say, table
 from raygpt.train.job import (
     Job,
     check_identity,
@@ -61,7 +61,7 @@ def run(config: Config, dry_run: bool = False) -> None:
 
     step = checkpoint.position.step if checkpoint else 0
     if step < config.train.steps:
-        _say(console, "connecting to Ray ...")
+        say(console, "connecting to Ray ...")
         cluster.connect()
         job = replace(job, config=replace(job.config, scale=cluster.fit_scale(job.config.scale)))
         job.run.write_bytes(CONFIG, json.dumps(job.settings(), indent=1).encode())
@@ -70,18 +70,14 @@ def run(config: Config, dry_run: bool = False) -> None:
             _fit(job)
         seconds = time.monotonic() - began
     else:
-        _say(console, f"{job.run} is finished: all {step:,} steps are done")
+        say(console, f"{job.run} is finished: all {step:,} steps are done")
         seconds = 0.0
     _conclude(job, console, step, seconds)
 
 
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
 def _find_checkpoint(job: Job, console: Console) -> state.Checkpoint | None:
     """The checkpoint to go on from, once it is sure that the run may go on."""
-    checkpoint = state.latest(job.run, lambda text: _say(console, f"warning: {text}"))
+    checkpoint = state.latest(job.run, lambda text: say(console, f"warning: {text}"))
     if checkpoint is not None:
         check_identity(job, checkpoint.metadata["identity"])
     return checkpoint
@@ -171,6 +167,8 @@ def _fit(job: Job) -> None:
     )
     try:
         trainer.fit()
+    except SystemExit:  # Ray Train's answer to Ctrl-C, once the workers are gone
+        raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
         mistake = find_user_error(error)
         if mistake is not None:
@@ -206,8 +204,8 @@ def _conclude(job: Job, console: Console, first_step: int, seconds: float) -> No
     console.print(table("Result", result))
     if job.config.train.sample_prompt:
         text = _sample(job, checkpoint)
-        console.print(f"Sample at step {position.step}:", highlight=False)
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"Sample at step {position.step}:")
+        say(console, text)
 
 
 def _loss(value: float | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from raygpt.config import EMBEDDED_CORPUS, Config, to_dict
 from raygpt.data.corpus import MANIFEST, Corpus, open_corpus
-from raygpt.data.order import BatchSchedule
+from raygpt.data.order import BatchSchedule, windows_in
 from raygpt.data.prepare import prepare
 from raygpt.data.reader import ReadPlan
 from raygpt.data.tokenizer import load_tokenizer
@@ -95,6 +95,10 @@ class Job:
             self.config.optim, min_lr=self.config.min_lr, decay_tokens=self.decay_tokens
         )
         data = replace(self.config.data, segment_steps=self.config.segment_steps)
+        if data.corpus != EMBEDDED_CORPUS:
+            data = replace(data, corpus=self.plan.corpus)
+        if data.val_corpus is not None:
+            data = replace(data, val_corpus=self.val_corpus)
         return to_dict(replace(self.config, optim=optim, data=data))
 
     def metadata(self) -> dict[str, Any]:
@@ -159,7 +163,11 @@ def resolve(config: Config) -> Job:
         n_vocab=corpus.n_vocab,
         token_bytes=corpus.dtype.itemsize,
         epoch_windows=order.epoch_windows,
-        dropped_tokens=corpus.tokens("train") - order.epoch_windows * plan.block_size,
+        dropped_tokens=sum(
+            chunk.tokens - (windows * plan.block_size + 1 if windows else 0)
+            for chunk in corpus.chunks("train")
+            for windows in [windows_in(chunk.tokens, plan.block_size)]
+        ),
     )
 
 
@@ -187,7 +195,11 @@ def _check_vocabulary(config: Config, corpus: Corpus) -> None:
             f"tokenizer {corpus.tokenizer!r} has {corpus.n_vocab} tokens; use another corpus, or "
             f"set --model.vocab_size {suggestion}"
         )
-    if load_tokenizer(corpus.tokenizer).hash != corpus.tokenizer_hash:
+    try:
+        tokenizer = load_tokenizer(corpus.tokenizer)
+    except UserError as error:
+        raise UserError(f"corpus {corpus.path}: {error}") from error
+    if tokenizer.hash != corpus.tokenizer_hash:
         raise UserError(
             f"corpus {corpus.path} was made with another tokenizer {corpus.tokenizer!r} than the "
             "one raygpt has; prepare it anew"

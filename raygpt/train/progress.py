@@ -8,6 +8,7 @@ stores, and there the last seconds of metrics, since a file can only be written 
 
 import json
 import math
+import os
 import time
 from typing import Any
 
@@ -50,9 +51,11 @@ class JsonLines:
 
     def flush(self) -> None:
         """Make what was added visible to others."""
-        if self._file is None:
-            self._folder.write_bytes(self._name, bytes(self._data))
-            self._uploaded = time.monotonic()
+        if self._file is not None:
+            os.fsync(self._file.fileno())  # a checkpoint must not outlive the steps before it
+            return
+        self._folder.write_bytes(self._name, bytes(self._data))
+        self._uploaded = time.monotonic()
 
     def close(self) -> None:
         self.flush()
@@ -68,16 +71,22 @@ class RunLog:
     """
 
     def __init__(self, run: Folder, step: int) -> None:
-        kept = [row for row in read_json_lines(run, METRICS) if row["step"] < step]
-        self._metrics = JsonLines(run, METRICS, kept)
+        earlier = read_json_lines(run, METRICS)
+        self._attempt = last_attempt(earlier) + 1
+        self._metrics = JsonLines(run, METRICS, [row for row in earlier if row["step"] < step])
         self._events = JsonLines(run, EVENTS, read_json_lines(run, EVENTS))
         self._board: SummaryWriter | None = None
         if not run.root:
-            self._board = SummaryWriter(run.child(TENSORBOARD).path, purge_step=step, flush_secs=10)
+            self._board = SummaryWriter(
+                run.child(TENSORBOARD).path,
+                purge_step=step,
+                flush_secs=10,
+                filename_suffix=f".{self._attempt}",  # its names are equal within a second
+            )
 
     def step(self, row: dict[str, Any], board: bool) -> None:
         """Write a step's metrics; to TensorBoard only where ``board``."""
-        row = {k: _finite(value) for k, value in row.items()}
+        row = {k: _finite(value) for k, value in row.items()} | {"attempt": self._attempt}
         self._metrics.add(row)
         if self._board is not None and (board or "val_loss" in row):
             for name in _SCALARS:
@@ -97,6 +106,11 @@ class RunLog:
         self._events.close()
         if self._board is not None:
             self._board.close()
+
+
+def last_attempt(rows: list[dict[str, Any]]) -> int:
+    """The number of the last start of workers that finished a step; -1 if none did."""
+    return max((row["attempt"] for row in rows), default=-1)
 
 
 def read_json_lines(folder: Folder, name: str) -> list[dict[str, Any]]:

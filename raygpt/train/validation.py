@@ -21,7 +21,7 @@ BLOCK_TOKENS = 16_384
 
 
 def validation_windows(corpus: Corpus, block_size: int, tokens: int) -> int:
-    """Windows of the fixed set: those of the split, but at most ``tokens`` targets."""
+    """Windows of the fixed set: those of the split, as far as ``tokens`` targets need them."""
     found = sum(windows_in(chunk.tokens, block_size) for chunk in corpus.chunks("val"))
     return min(found, -(-tokens // block_size))
 

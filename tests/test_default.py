@@ -1,0 +1,34 @@
+"""The README's first command: the embedded text, no cluster, from nothing to a sample."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.xdist_group("ray")
+def test_the_default_learns_and_ends_with_a_sample(tmp_path: Path) -> None:
+    """How long it takes is benchmarked, not asserted; what it reaches is the same everywhere."""
+    output = subprocess.run(
+        [sys.executable, "jobs/train.py", "--run.storage", str(tmp_path)],
+        cwd=ROOT,
+        env={key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+    ).stdout
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "shakespeare" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert rows[-1]["val_loss"] <= 1.80  # nats a byte
+    assert {row["world_size"] for row in rows} == {2}
+    before, _, sample = output.partition(f"Sample at step {len(rows)}:\n")
+    assert "Result" in before and len(sample) > 150
+    assert sample.strip() in (tmp_path / "shakespeare" / "samples.txt").read_text()
