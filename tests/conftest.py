@@ -26,6 +26,7 @@ from raygpt.data.corpus import Corpus, open_corpus
 from raygpt.data.prepare import prepare
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start Ray run one after the other: each needs the CPUs it asks for."""
     for item in items:
