@@ -40,7 +40,7 @@ def _shakespeare() -> Config:
         batch=BatchConfig(tokens=768, lanes=2, micro=6),
         optim=OptimConfig(max_lr=3e-3, warmup_steps=100, weight_decay=0.1),
         train=TrainConfig(
-            steps=2400, log_every=20, eval_every=600, checkpoint_every=600, precision="fp32"
+            steps=2200, log_every=20, eval_every=550, checkpoint_every=550, precision="fp32"
         ),
         scale=ScaleConfig(workers="2", gpus_per_worker=0),  # for a GPU it is far too small
     )
