@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
 from raygpt.config import ModelConfig, OptimConfig
+from raygpt.data.hashes import lane_hash
 from raygpt.data.order import Segments
 from raygpt.data.stream import StepWindows
 from raygpt.model import GPT
 from raygpt.optim import build_optimizer, set_lr
 from raygpt.train.reduce import LaneForest, Node, reduce_plan, tree_sum
-from raygpt.train.step import Stepper, batch_hash, lane_hash
+from raygpt.train.step import Stepper
 
 LANES, STEPS, MICRO, LR, CLIP, SEED = 8, 5, 2, 1e-2, 0.5, 7
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=72, dropout=0.1)
@@ -66,7 +67,7 @@ def train(poisoned_step: int = -1) -> list[Any]:
         if step == poisoned_step and rank == 0:
             with torch.no_grad():
                 model.transformer.ln_f.weight.copy_(keep)
-        seen.append((result.loss, result.grad_norm, result.batch_hash, result.skipped))
+        seen.append((result.loss, result.grad_norm, result.lane_hashes, result.skipped))
     return [*seen, weights(model)]
 
 
@@ -105,7 +106,7 @@ def reference() -> list[Any]:
         optimizer.step()
         hashes = [lane_hash(windows(step, lane)) for lane in range(LANES)]
         loss = sum(loss for _, loss in results) / LANES
-        seen.append((pytest.approx(loss, rel=1e-12), norm, batch_hash(hashes), False))
+        seen.append((pytest.approx(loss, rel=1e-12), norm, tuple(hashes), False))
     return [*seen, weights(model)]
 
 

@@ -1,22 +1,25 @@
-"""What a run says of itself: metrics.jsonl, events.jsonl and TensorBoard.
+"""What a run says of itself: metrics, events, the ledger and TensorBoard.
 
-Rank 0 writes, an object a step; each step stands in metrics.jsonl once, since a restart first
-takes out what the checkpoint does not know of.  ``events.jsonl`` has what happened beside the
-steps: starts, checkpoints, skipped steps.  What it gives up: TensorBoard files on object
-stores, and there the last seconds of metrics, since a file can only be written whole.
+Rank 0 writes.  ``metrics.jsonl`` has an object a step, each step once, since a restart first takes
+out what the checkpoint does not know of.  ``events.jsonl`` has what happened beside the steps:
+starts, checkpoints, skipped steps.  ``ledger.jsonl`` has what every step was trained on, and keeps
+it.  What it gives up: TensorBoard files on object stores, and there the last seconds of metrics,
+since a file can only be written whole.
 """
 
 import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from tensorboardX import SummaryWriter
 
 from raygpt.storage import Folder
 
-METRICS, EVENTS, TENSORBOARD = "metrics.jsonl", "events.jsonl", "tensorboard"
+METRICS, EVENTS, LEDGER = "metrics.jsonl", "events.jsonl", "ledger.jsonl"
+TENSORBOARD = "tensorboard"
 UPLOAD_SECONDS = 15.0
 _SCALARS = (
     *("loss", "val_loss", "lr", "grad_norm"),
@@ -75,6 +78,7 @@ class RunLog:
         self._attempt = last_attempt(earlier) + 1
         self._metrics = JsonLines(run, METRICS, [row for row in earlier if row["step"] < step])
         self._events = JsonLines(run, EVENTS, read_json_lines(run, EVENTS))
+        self._ledger = JsonLines(run, LEDGER, read_json_lines(run, LEDGER))
         self._board: SummaryWriter | None = None
         if not run.root:
             self._board = SummaryWriter(
@@ -93,17 +97,31 @@ class RunLog:
                 if row.get(name) is not None:
                     self._board.add_scalar(name, row[name], row["step"])
 
+    def ledger(self, step: int, world_size: int, lane_hashes: Sequence[str]) -> None:
+        """Write what a step was trained on.
+
+        Nothing is ever taken out: a step that was lost and redone stands there twice.
+        """
+        self._ledger.add(
+            {
+                "step": step,
+                "attempt": self._attempt,
+                "world_size": world_size,
+                "lanes": list(lane_hashes),
+            }
+        )
+
     def event(self, kind: str, step: int, text: str) -> None:
         """Write that something happened before step ``step``."""
         self._events.add({"step": step, "kind": kind, "time": round(time.time(), 3), "text": text})
 
     def flush(self) -> None:
-        self._metrics.flush()
-        self._events.flush()
+        for file in (self._ledger, self._metrics, self._events):
+            file.flush()
 
     def close(self) -> None:
-        self._metrics.close()
-        self._events.close()
+        for file in (self._ledger, self._metrics, self._events):
+            file.close()
         if self._board is not None:
             self._board.close()
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raygpt import device as devices
+from raygpt.data.hashes import lane_hash
 from raygpt.data.stream import StepWindows
 from raygpt.optim import set_lr
 from raygpt.train.reduce import GradientSum, ReducePlan, reduce_plan
@@ -31,8 +32,8 @@ class StepResult:
     """Mean cross entropy over the global batch, nats a token, before the update."""
     grad_norm: float
     """L2 norm of the gradient before clipping."""
-    batch_hash: str
-    """Hash of the step's windows, lane after lane; does not depend on W."""
+    lane_hashes: tuple[str, ...]
+    """Hash of each lane's windows."""
     skipped: bool
     """Loss or norm was not finite: the weights were left as they are."""
 
@@ -91,7 +92,7 @@ class Stepper:
                 self._gradients.add_lane(lane)
         self._gradients.finish()
 
-        lane_losses, batch_hash = self._share(plan, batch, losses)
+        lane_losses, hashes = self._share(plan, batch, losses)
         loss = math.fsum(lane_losses) / self._lanes
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm_tensor = torch.nn.utils.get_total_norm(gradients)
@@ -103,7 +104,7 @@ class Stepper:
             set_lr(self._optimizer, lr)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, norm, batch_hash, skipped)
+        return StepResult(loss, norm, hashes, skipped)
 
     def _forward(self, module: nn.Module) -> Forward:
         def forward(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -120,20 +121,21 @@ class Stepper:
 
     def _share(
         self, plan: ReducePlan, batch: StepWindows, losses: Tensor
-    ) -> tuple[list[float], str]:
-        """All lanes' losses and the batch's hash, on every worker.
+    ) -> tuple[list[float], tuple[str, ...]]:
+        """All lanes' losses and hashes, on every worker.
 
         One sum of integers: each lane has one owner, so everyone else adds zero bits.
         """
         hashes = torch.zeros(self._lanes, dtype=torch.int64)
         for lane in plan.lanes:
-            hashes[lane] = lane_hash(batch.lanes[lane])
+            digest = bytes.fromhex(lane_hash(batch.lanes[lane]))
+            hashes[lane] = int.from_bytes(digest, "little", signed=True)
         report = torch.cat([losses.view(torch.int64), hashes.to(self._device)])
         dist.all_reduce(report)
         report = report.cpu()
-        return report[: self._lanes].view(torch.float64).tolist(), batch_hash(
-            report[self._lanes :].tolist()
-        )
+        lane_losses: list[float] = report[: self._lanes].view(torch.float64).tolist()
+        digests = report[self._lanes :].tolist()
+        return lane_losses, tuple(d.to_bytes(8, "little", signed=True).hex() for d in digests)
 
 
 def accumulate(
@@ -163,18 +165,6 @@ def accumulate(
         (loss * (share * weight)).backward()
         total += loss.detach().double() * share
     return total
-
-
-def lane_hash(windows: np.ndarray) -> int:
-    """64 bits of BLAKE2b over a lane's windows of a step, as 32-bit little-endian tokens."""
-    digest = hashlib.blake2b(windows.astype("<u4").tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
-def batch_hash(lane_hashes: list[int]) -> str:
-    """Hash of a global batch from its lanes' hashes, in lane order: 16 hex digits."""
-    data = b"".join(value.to_bytes(8, "little", signed=True) for value in lane_hashes)
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def _dropout_seed(seed: int, step: int, lane: int) -> int:

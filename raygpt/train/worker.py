@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raygpt import device as devices
 from raygpt.data.corpus import open_corpus
+from raygpt.data.hashes import batch_hash
 from raygpt.data.order import Segments
 from raygpt.data.reader import WindowReader
 from raygpt.data.stream import StepWindows, lane_steps, stream_blocks
@@ -248,10 +249,11 @@ class Worker:
             "data_wait_ms": round(1000 * data_wait, 3),
             "world_size": self.world_size,
             "epoch": self.reader.epoch(step),
-            "batch_hash": result.batch_hash,
+            "batch_hash": batch_hash(result.lane_hashes),
             "skipped": self.position.skipped,
         }
         if val_loss is not None:
             row["val_loss"] = val_loss
         log_every = self.config.train.log_every
+        self.log.ledger(step, self.world_size, result.lane_hashes)
         self.log.step(row, board=step % log_every == 0 or step + 1 == self.config.train.steps)
