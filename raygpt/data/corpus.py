@@ -100,6 +100,10 @@ class Corpus:
         """The chunks of a split, in the order that numbers them."""
         return self._chunks[split]
 
+    def shards(self, split: Split) -> tuple[Shard, ...]:
+        """The shards of a split, in the order of their chunks."""
+        return self._shards[split]
+
     def tokens(self, split: Split) -> int:
         """Tokens of a split."""
         return sum(chunk.tokens for chunk in self._chunks[split])
