@@ -24,11 +24,56 @@ def activated() -> dict[str, str]:
     return {**os.environ, "PATH": path}
 
 
-class Head:
-    """``ray start --head`` with its own ports and folder; to be used in a ``with`` block.
+class Node:
+    """A machine of a cluster: a ``ray start --block`` and all that came of it.
 
     Args:
-        cpus: what Ray believes the machine has.
+        folder: for its log; processes that name it belong to it.
+    """
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self._folder = folder
+        self.log = folder / "node.log"
+        command = [
+            *("ray", "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
+            f"--dashboard-agent-listen-port={free_port()}",
+            *arguments,
+        ]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, env=activated(), stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        """End all of it at once, as a power cut would, by process id, until nothing is left."""
+        while family := self.family():
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.process.wait()
+            psutil.wait_procs(family, timeout=10)
+
+    def workers(self) -> list[psutil.Process]:
+        """The training processes on this machine."""
+        found = []
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::RayTrainWorker"):
+                    found.append(process)
+        return found
+
+    def family(self) -> list[psutil.Process]:
+        """The processes of this machine."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            head = psutil.Process(self.process.pid)
+            if head.status() != psutil.STATUS_ZOMBIE:
+                return [head, *head.children(recursive=True)]
+        return []
+
+
+class Head:
+    """A cluster with its own ports and folder; to be used in a ``with`` block.
+
+    Args:
+        cpus: what Ray believes the head's machine has.
     """
 
     def __init__(self, cpus: int) -> None:
@@ -37,51 +82,42 @@ class Head:
         self._folder = Path(tempfile.mkdtemp(prefix="raygpt-"))
         self.address = f"127.0.0.1:{free_port()}"
         self.dashboard = f"http://127.0.0.1:{free_port()}"
-        self.log = self._folder / "head.log"
+        self.nodes: list[Node] = []
 
     def __enter__(self) -> "Head":
-        command = [
-            *("ray", "start", "--head", "--block"),
-            *("--node-ip-address=127.0.0.1", f"--port={self.address.rpartition(':')[2]}"),
-            *(
-                "--dashboard-host=127.0.0.1",
-                f"--dashboard-port={self.dashboard.rpartition(':')[2]}",
-            ),
-            *(f"--dashboard-agent-listen-port={free_port()}", f"--num-cpus={self._cpus}"),
-            *(f"--ray-client-server-port={free_port()}", f"--temp-dir={self._folder}"),
-            "--disable-usage-stats",
-        ]
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(command, env=activated(), stdout=log, stderr=log)
         try:
-            self._wait()
+            node = self._add(
+                *("--head", f"--port={self.address.rpartition(':')[2]}"),
+                f"--dashboard-port={self.dashboard.rpartition(':')[2]}",
+                *("--dashboard-host=127.0.0.1", f"--temp-dir={self._folder}"),
+                *(f"--ray-client-server-port={free_port()}", f"--num-cpus={self._cpus}"),
+            )
+            self._wait(node)
         except BaseException:
             self.__exit__()
             raise
         return self
 
+    def add_node(self, cpus: int) -> Node:
+        """One more machine; Ray needs a few seconds until it counts."""
+        return self._add(f"--address={self.address}", f"--num-cpus={cpus}")
+
+    def _add(self, *arguments: str) -> Node:
+        folder = self._folder / f"node-{len(self.nodes)}"
+        folder.mkdir()
+        self.nodes.append(Node(folder, *arguments))
+        return self.nodes[-1]
+
     def __exit__(self, *_: object) -> None:
-        """Stop the head and whatever it started, by process id, until none is left."""
-        head = psutil.Process(self._process.pid)
-        family = [head, *head.children(recursive=True)]
-        while family:
-            for process in family:
+        for node in reversed(self.nodes):
+            node.kill()
+        for process in psutil.process_iter(["cmdline"]):  # children of nobody any more
+            if any(str(self._folder) in part for part in process.info["cmdline"] or ()):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-            psutil.wait_procs(family, timeout=10)
-            self._process.wait()
-            family = self._left()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _left(self) -> list[psutil.Process]:
-        """Processes of this cluster that are nobody's children any more."""
-        return [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if any(str(self._folder) in part for part in process.info["cmdline"] or ())
-        ]
-
-    def _wait(self) -> None:
+    def _wait(self, node: Node) -> None:
         request = urllib.request.Request(
             f"{self.dashboard}/api/version",
             headers={"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"},
@@ -92,9 +128,9 @@ class Head:
                 with urllib.request.urlopen(request, timeout=5):
                     return
             except (urllib.error.URLError, OSError):
-                started = self._process.poll() is None
+                started = node.process.poll() is None
                 if not started or time.monotonic() > deadline:
-                    raise RuntimeError(f"Ray did not start:\n{self.log.read_text()}") from None
+                    raise RuntimeError(f"Ray did not start:\n{node.log.read_text()}") from None
                 time.sleep(0.2)
 
     @property

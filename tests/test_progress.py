@@ -21,7 +21,7 @@ from raygpt.errors import UserError
 from raygpt.storage import Folder
 from raygpt.train import console as console_module
 from raygpt.train.console import Follower, step_line
-from raygpt.train.progress import EVENTS, METRICS, TENSORBOARD, RunLog, read_json_lines
+from raygpt.train.progress import EVENTS, METRICS, TENSORBOARD, RunLog, StepRecord, read_json_lines
 
 DEADLINE_SECONDS = 30.0
 HALF_LINE = b'{"step": 7, "lo'
@@ -38,6 +38,11 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def record(step: int, **changes: Any) -> StepRecord:
+    ledger = {"step": step, "world_size": 2, "lanes": [f"{step:016x}"]}
+    return StepRecord(row(step, **changes), ledger)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Folder:
     return Folder.from_path(str(tmp_path / "run"))
@@ -52,7 +57,7 @@ def log_steps(run: Folder, first: int, stop: int, **changes: Any) -> None:
     log = RunLog(run, first)
     log.event("start", first, "2 workers")
     for step in range(first, stop):
-        log.step(row(step, **changes), board=True)
+        log.step(record(step, **changes), board=True)
     log.close()
 
 
@@ -107,7 +112,7 @@ def test_a_killed_process_loses_no_finished_line(run: Folder, tmp_path: Path) ->
     log = RunLog(run, 0)
     for step in range(3):
         log.event("checkpoint", step, "ckpt")
-        log.step(row(step), board=False)
+        log.step(record(step), board=False)
         assert steps(run) == list(range(step + 1))
         assert len(read_json_lines(run, EVENTS)) == step + 1
     shutil.copytree(run.path, tmp_path / "killed")
@@ -139,9 +144,9 @@ def test_a_file_that_is_not_there_has_no_lines(run: Folder) -> None:
 
 def test_what_is_not_finite_becomes_null(run: Folder) -> None:
     log = RunLog(run, 0)
-    log.step(row(0, loss=math.nan, grad_norm=math.inf, mfu=-math.inf), board=True)
-    log.step(row(1, val_loss=math.nan), board=True)
-    log.step(row(2), board=True)
+    log.step(record(0, loss=math.nan, grad_norm=math.inf, mfu=-math.inf), board=True)
+    log.step(record(1, val_loss=math.nan), board=True)
+    log.step(record(2), board=True)
     log.event("skip", 0, f"loss {math.nan}, norm {math.inf}")
     log.close()
     rows = strict(file(run, METRICS).read_bytes())
@@ -165,16 +170,16 @@ def test_an_object_store_has_whole_lines_after_each_flush(
     run = Folder.from_path(f"mock:///bucket/{uuid.uuid4().hex}")
     monkeypatch.setattr("raygpt.train.progress.UPLOAD_SECONDS", math.inf)
     log = RunLog(run, 0)
-    log.step(row(0), board=True)
+    log.step(record(0), board=True)
     log.event("checkpoint", 1, "ckpt")
     assert steps(run) == [] and read_json_lines(run, EVENTS) == []
     log.flush()
     assert steps(run) == [0] and len(read_json_lines(run, EVENTS)) == 1
     monkeypatch.setattr("raygpt.train.progress.UPLOAD_SECONDS", 0.0)
-    log.step(row(1), board=True)
+    log.step(record(1), board=True)
     assert steps(run) == [0, 1]
     monkeypatch.setattr("raygpt.train.progress.UPLOAD_SECONDS", math.inf)
-    log.step(row(2), board=True)
+    log.step(record(2), board=True)
     log.close()
     assert strict(run.read_bytes(METRICS)) == [row(0), row(1), row(2)]
 
@@ -238,10 +243,10 @@ def board(run: Folder) -> dict[str, dict[int, float]]:
 def test_the_board_has_the_scalars_and_their_steps(run: Folder) -> None:
     assert crc32c(b"123456789") == 0xE3069283  # the published check value
     log = RunLog(run, 0)
-    log.step(row(0, mfu=0.25), board=True)
-    log.step(row(1), board=False)
-    log.step(row(2, loss=math.nan), board=True)
-    log.step(row(3, val_loss=2.5), board=False)
+    log.step(record(0, mfu=0.25), board=True)
+    log.step(record(1), board=False)
+    log.step(record(2, loss=math.nan), board=True)
+    log.step(record(3, val_loss=2.5), board=False)
     log.close()
     shown = board(run)
     expected = {
@@ -355,7 +360,7 @@ def test_lines_appear_while_the_run_goes_on(run: Folder) -> None:
             log.event("checkpoint", step, f"checkpoint_{step}")
             expected.append(f"checkpoint at step {step}: checkpoint_{step}")
             screen.wait(lambda seen: seen.lines == expected)
-            log.step(row(step), board=False)
+            log.step(record(step), board=False)
             expected.append(step_line(row(step)))
             screen.wait(lambda seen: seen.lines == expected)
     assert screen.lines == expected
@@ -371,7 +376,7 @@ def test_the_last_lines_are_shown_at_the_end(run: Folder, monkeypatch: pytest.Mo
     log.event("start", 0, "2 workers")
     with follower:
         screen.wait(lambda seen: bool(seen.lines))  # the only look before the end
-        log.step(row(0), board=False)
+        log.step(record(0), board=False)
         log.close()
     assert screen.lines == ["start at step 0: 2 workers", step_line(row(0))]
     assert time.monotonic() - began < 600
@@ -396,7 +401,7 @@ def test_only_logged_steps_and_validations_are_shown(run: Folder) -> None:
     screen, log = Screen(), RunLog(run, 0)
     with follow(run, screen, log_every=4):
         for step in range(10):
-            log.step(row(step, **({"val_loss": 2.25} if step in (4, 6) else {})), board=False)
+            log.step(record(step, **({"val_loss": 2.25} if step in (4, 6) else {})), board=False)
         log.close()
     assert screen.lines == [
         step_line(row(0)),
@@ -445,7 +450,7 @@ def test_a_run_that_goes_on_does_not_show_earlier_steps(run: Folder) -> None:
         screen.wait(lambda seen: "start at step 6: 1 workers" in seen.lines)
         look_once_more(screen, log, 6)
         for step in range(6, 12):
-            log.step(row(step, loss=1.5), board=False)
+            log.step(record(step, loss=1.5), board=False)
     log.close()
     assert screen.lines[:1] == ["start at step 6: 1 workers"]
     assert screen.lines[2:] == step_lines(range(6, 12), loss=1.5)
@@ -457,7 +462,7 @@ def test_a_restart_is_followed(run: Folder) -> None:
     with follow(run, screen):
         log.event("start", 0, "2 workers")
         for step in range(10):
-            log.step(row(step), board=False)
+            log.step(record(step), board=False)
         screen.wait(lambda seen: len(seen.lines) == 11)
         log.close()
         log = RunLog(run, 6)
@@ -465,7 +470,7 @@ def test_a_restart_is_followed(run: Folder) -> None:
         screen.wait(lambda seen: "start at step 6: 1 workers" in seen.lines)
         look_once_more(screen, log, 6)
         for step in range(6, 12):
-            log.step(row(step, loss=1.5), board=False)
+            log.step(record(step, loss=1.5), board=False)
     log.close()
     assert screen.lines[0] == "start at step 0: 2 workers"
     assert screen.lines[1:12] == [*step_lines(range(10)), "start at step 6: 1 workers"]
@@ -481,7 +486,7 @@ def test_a_restart_is_followed_however_late_it_is_noticed(run: Folder, loss: flo
     log = RunLog(run, 6)
     log.event("start", 6, "1 workers")
     for step in range(6, 9):
-        log.step(row(step, loss=loss), board=False)
+        log.step(record(step, loss=loss), board=False)
     log.close()
     with follower:
         pass
@@ -497,7 +502,7 @@ def test_half_a_line_of_an_earlier_start_does_not_stop_the_follower(run: Folder)
     follower = follow(run, screen, first_step=1)
     log = RunLog(run, 1)
     log.event("start", 1, "2 workers")
-    log.step(row(1), board=False)
+    log.step(record(1), board=False)
     log.close()
     with follower:
         pass
@@ -512,7 +517,7 @@ def test_only_a_terminal_has_a_bar(run: Folder, monkeypatch: pytest.MonkeyPatch)
     log = RunLog(run, 0)
     with follow(run, plain, steps=7), follow(run, terminal, steps=7):
         for step in range(3):
-            log.step(row(step), board=False)
+            log.step(record(step), board=False)
         # The bar counts finished steps.
         terminal.wait(lambda seen: bool(re.search(r"step 3/7 .*loss 3\.4800", seen.plain)))
         log.close()

@@ -1,26 +1,20 @@
 """The driver: checks everything, starts the Ray Train job, shows it, says what came out."""
 
 import json
+import sys
 import time
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
-import ray.train
-import torch
-from ray.data import Dataset
-from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
-from raygpt import device as devices
 from raygpt.config import Config
-from raygpt.data.stream import READER_CPUS, StreamConfig, window_dataset
 from raygpt.data.tokenizer import load_tokenizer
 from raygpt.errors import UserError
 from raygpt.generate import sample_text
 from raygpt.storage import Folder
 from raygpt.train import cluster, state
 from raygpt.train.console import Follower, say, table
+from raygpt.train.fit import fit
 from raygpt.train.job import (
     Job,
     check_identity,
@@ -30,12 +24,9 @@ from raygpt.train.job import (
     with_absolute_storage,
 )
 from raygpt.train.progress import METRICS, TENSORBOARD, read_json_lines
-from raygpt.train.worker import segments_from, train_worker
 
 CONFIG = "config.json"
 SAMPLES = "samples.txt"
-MAX_FAILURES_WITHOUT_A_CHECKPOINT = 3
-_RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 def run(config: Config, dry_run: bool = False) -> None:
@@ -67,8 +58,11 @@ def run(config: Config, dry_run: bool = False) -> None:
         job.run.write_bytes(CONFIG, json.dumps(job.settings(), indent=1).encode())
         began = time.monotonic()
         with Follower(job.run, console, step, config.train.steps, config.train.log_every):
-            _fit(job)
+            stopped_by = fit(job)
         seconds = time.monotonic() - began
+        if stopped_by is not None:
+            say(console, f"stopped; submit the run again, and it goes on: {job.run}")
+            sys.exit(128 + stopped_by)
     else:
         say(console, f"{job.run} is finished: all {step:,} steps are done")
         seconds = 0.0
@@ -81,99 +75,6 @@ def _find_checkpoint(job: Job, console: Console) -> state.Checkpoint | None:
     if checkpoint is not None:
         check_identity(job, checkpoint.metadata["identity"])
     return checkpoint
-
-
-def _window_dataset(job: Job) -> Dataset:
-    """The stream from the latest checkpoint on; runs whenever a group of workers starts."""
-    checkpoint = state.latest(job.run)
-    start = checkpoint.position.step if checkpoint else 0
-    return window_dataset(job.plan, segments_from(job, start), job.token_bytes)
-
-
-class _StopOnMistakes(ray.train.UserCallback):
-    """Ends a run that restarts cannot help; runs in Ray Train's controller.
-
-    Everything else is restarted from the latest checkpoint, as often as it takes.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._failures = 0
-        self._steps: list[int] = []
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for error in worker_exceptions.values():
-            mistake = find_user_error(error)
-            if mistake is not None:
-                raise mistake
-        steps = state.steps_of(self._job.run)
-        self._failures = self._failures + 1 if steps == self._steps else 1
-        self._steps = steps
-        if self._failures > MAX_FAILURES_WITHOUT_A_CHECKPOINT:
-            raise next(iter(worker_exceptions.values()))
-
-
-def find_user_error(error: BaseException | None) -> UserError | None:
-    """The UserError that an exception of Ray carries, however deep; None if there is none."""
-    todo, seen = [error], set[int]()
-    while todo:
-        found = todo.pop()
-        if not isinstance(found, BaseException) or id(found) in seen:
-            continue
-        if isinstance(found, UserError):
-            return found
-        seen.add(id(found))
-        todo += [found.__cause__, found.__context__]
-        todo += [
-            getattr(found, name, None) for name in ("cause", "controller_failure", "_base_exc")
-        ]
-        todo += getattr(found, "worker_failures", {}).values()
-    return None
-
-
-def _fit(job: Job) -> None:
-    """Run the workers to the end of the run.
-
-    Raises:
-        UserError: a worker met one.
-        ray.train.TrainingFailedError: anything else that restarts did not cure.
-    """
-    config = job.config
-    scale = config.scale
-    # Ray Train would insist that all checkpoints of its own list are still there.
-    job.run.delete_file(_RAY_SNAPSHOT)
-    worker_cpus = scale.cpus_per_worker - READER_CPUS  # what is left is for the read tasks
-    device = torch.device("cuda" if scale.gpus_per_worker else "cpu")
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend=devices.backend(device)),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=scale.max_workers,
-            use_gpu=bool(scale.gpus_per_worker),
-            resources_per_worker={
-                "CPU": worker_cpus,
-                **({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {}),
-            },
-        ),
-        datasets={"train": partial(_window_dataset, job)},
-        dataset_config=StreamConfig(),
-        run_config=ray.train.RunConfig(
-            name=config.run.name,
-            storage_path=Folder.from_path(config.run.storage).uri,
-            failure_config=ray.train.FailureConfig(max_failures=-1),
-            callbacks=[_StopOnMistakes(job)],  # type: ignore[list-item]
-        ),
-    )
-    try:
-        trainer.fit()
-    except SystemExit:  # Ray Train's answer to Ctrl-C, once the workers are gone
-        raise KeyboardInterrupt from None
-    except ray.train.TrainingFailedError as error:
-        mistake = find_user_error(error)
-        if mistake is not None:
-            raise mistake from None
-        raise
 
 
 def _conclude(job: Job, console: Console, first_step: int, seconds: float) -> None:

@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tensorboardX import SummaryWriter
@@ -66,19 +67,44 @@ class JsonLines:
             self._file.close()
 
 
+@dataclass(frozen=True)
+class StepRecord:
+    """What the run's files say of a finished step; plain JSON values, none of them infinite."""
+
+    metrics: dict[str, Any]
+    """Its line of metrics.jsonl."""
+    ledger: dict[str, Any]
+    """Its line of ledger.jsonl: what it was trained on.
+
+    Nothing is ever taken out of that file: a step that was lost and redone stands there twice.
+    """
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", {k: _finite(v) for k, v in self.metrics.items()})
+
+
 class RunLog:
     """The files of a run's progress, from ``step`` on.
 
     Args:
         step: the first step of this start; earlier steps are kept, later ones taken out.
+        rescued: steps before it that the files may lack, since rank 0 died.
     """
 
-    def __init__(self, run: Folder, step: int) -> None:
+    def __init__(self, run: Folder, step: int, rescued: Sequence[StepRecord] = ()) -> None:
         earlier = read_json_lines(run, METRICS)
-        self._attempt = last_attempt(earlier) + 1
+        ledger = read_json_lines(run, LEDGER)
+        self._attempt = last_attempt([*earlier, *ledger]) + 1
         self._metrics = JsonLines(run, METRICS, [row for row in earlier if row["step"] < step])
         self._events = JsonLines(run, EVENTS, read_json_lines(run, EVENTS))
-        self._ledger = JsonLines(run, LEDGER, read_json_lines(run, LEDGER))
+        self._ledger = JsonLines(run, LEDGER, ledger)
+        written = {row["step"] for row in earlier}
+        trained = {(entry["step"], tuple(entry["lanes"])) for entry in ledger}
+        for record in rescued:
+            if record.metrics["step"] not in written:
+                self._metrics.add(record.metrics | {"attempt": self._attempt})
+            if (record.ledger["step"], tuple(record.ledger["lanes"])) not in trained:
+                self._ledger.add(record.ledger | {"attempt": self._attempt})
         self._board: SummaryWriter | None = None
         if not run.root:
             self._board = SummaryWriter(
@@ -88,28 +114,15 @@ class RunLog:
                 filename_suffix=f".{self._attempt}",  # its names are equal within a second
             )
 
-    def step(self, row: dict[str, Any], board: bool) -> None:
-        """Write a step's metrics; to TensorBoard only where ``board``."""
-        row = {k: _finite(value) for k, value in row.items()} | {"attempt": self._attempt}
-        self._metrics.add(row)
+    def step(self, record: StepRecord, board: bool) -> None:
+        """Write a finished step; to TensorBoard only where ``board``."""
+        row = record.metrics
+        self._ledger.add(record.ledger | {"attempt": self._attempt})
+        self._metrics.add(row | {"attempt": self._attempt})
         if self._board is not None and (board or "val_loss" in row):
             for name in _SCALARS:
                 if row.get(name) is not None:
                     self._board.add_scalar(name, row[name], row["step"])
-
-    def ledger(self, step: int, world_size: int, lane_hashes: Sequence[str]) -> None:
-        """Write what a step was trained on.
-
-        Nothing is ever taken out: a step that was lost and redone stands there twice.
-        """
-        self._ledger.add(
-            {
-                "step": step,
-                "attempt": self._attempt,
-                "world_size": world_size,
-                "lanes": list(lane_hashes),
-            }
-        )
 
     def event(self, kind: str, step: int, text: str) -> None:
         """Write that something happened before step ``step``."""

@@ -9,6 +9,7 @@ What it gives up: writing in the background and in shares.
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -91,17 +92,22 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     metadata: dict[str, Any],
+    *,
+    with_others: bool = False,
 ) -> Checkpoint:
     """Write ``checkpoint_<step>`` of a run, replacing an unfinished or damaged one.
 
     Args:
         metadata: JSON values to keep beside the position: the settings, the corpus.
+        with_others: equal replicas may write the same checkpoint now; none of them takes away
+            what another one has finished.
 
     Raises:
         UserError: the storage refuses a write.
     """
     folder = run.child(checkpoint_name(position.step))
-    folder.delete_file(METADATA)
+    if not with_others:
+        folder.delete_file(METADATA)
     parameters = named_parameters(model)
     states = {
         f"{key}.{name}": torch.as_tensor(value)
@@ -236,6 +242,24 @@ def latest(run: Folder, say: Callable[[str], None] = lambda _: None) -> Checkpoi
                 "start from step 0"
             )
     return found
+
+
+def is_finished(run: Folder, step: int) -> bool:
+    """Whether the checkpoint of a step has its metadata, which is written last."""
+    return run.child(checkpoint_name(step)).exists(METADATA)
+
+
+def wait_for_newer(run: Folder, step: int, seconds: float) -> None:
+    """Wait until a checkpoint of a later step is finished.
+
+    Raises:
+        TimeoutError: there was none in so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while not any(found > step and is_finished(run, found) for found in steps_of(run)):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no checkpoint after step {step} in {seconds:g} s")
+        time.sleep(0.05)
 
 
 def prune(run: Folder, newest: Checkpoint) -> None:

@@ -6,7 +6,7 @@ number of workers: see ``reduce.py`` for the sum over lanes.
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,8 @@ class StepResult:
     """Hash of each lane's windows."""
     skipped: bool
     """Loss or norm was not finite: the weights were left as they are."""
+    votes: tuple[int, ...]
+    """Of each question put to all workers, how many said yes."""
 
 
 class Stepper:
@@ -67,13 +69,16 @@ class Stepper:
         self._lanes, self._micro, self._grad_clip = lanes, micro, grad_clip
         self._device, self._dtype, self._seed = device, dtype, seed
 
-    def step(self, batch: StepWindows, owners: tuple[int, ...], lr: float) -> StepResult:
+    def step(
+        self, batch: StepWindows, owners: tuple[int, ...], lr: float, votes: Sequence[int] = ()
+    ) -> StepResult:
         """Forward, backward, sum, clip and update for one global batch.
 
         Args:
             batch: this worker's windows of the step.
             owners: the rank that computes each lane; equal on every worker.
             lr: learning rate of the update.
+            votes: this worker's answers, 0 or 1 each; as many on every worker.
         """
         plan = reduce_plan(owners, dist.get_rank(), dist.get_world_size())
         self._gradients.begin(plan)
@@ -92,7 +97,7 @@ class Stepper:
                 self._gradients.add_lane(lane)
         self._gradients.finish()
 
-        lane_losses, hashes = self._share(plan, batch, losses)
+        lane_losses, hashes, counted = self._share(plan, batch, losses, votes)
         loss = math.fsum(lane_losses) / self._lanes
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm_tensor = torch.nn.utils.get_total_norm(gradients)
@@ -104,7 +109,7 @@ class Stepper:
             set_lr(self._optimizer, lr)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, norm, hashes, skipped)
+        return StepResult(loss, norm, hashes, skipped, counted)
 
     def _forward(self, module: nn.Module) -> Forward:
         def forward(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -120,9 +125,9 @@ class Stepper:
         return [(micro[:, :-1], micro[:, 1:]) for micro in tokens.split(self._micro)]
 
     def _share(
-        self, plan: ReducePlan, batch: StepWindows, losses: Tensor
-    ) -> tuple[list[float], tuple[str, ...]]:
-        """All lanes' losses and hashes, on every worker.
+        self, plan: ReducePlan, batch: StepWindows, losses: Tensor, votes: Sequence[int]
+    ) -> tuple[list[float], tuple[str, ...], tuple[int, ...]]:
+        """All lanes' losses and hashes and the counted votes, on every worker.
 
         One sum of integers: each lane has one owner, so everyone else adds zero bits.
         """
@@ -130,12 +135,15 @@ class Stepper:
         for lane in plan.lanes:
             digest = bytes.fromhex(lane_hash(batch.lanes[lane]))
             hashes[lane] = int.from_bytes(digest, "little", signed=True)
-        report = torch.cat([losses.view(torch.int64), hashes.to(self._device)])
+        mine = torch.cat([hashes, torch.tensor(votes, dtype=torch.int64)]).to(self._device)
+        report = torch.cat([losses.view(torch.int64), mine])
         dist.all_reduce(report)
-        report = report.cpu()
-        lane_losses: list[float] = report[: self._lanes].view(torch.float64).tolist()
-        digests = report[self._lanes :].tolist()
-        return lane_losses, tuple(d.to_bytes(8, "little", signed=True).hex() for d in digests)
+        lane_losses, digests, counted = report.cpu().split([self._lanes, self._lanes, len(votes)])
+        return (
+            lane_losses.view(torch.float64).tolist(),
+            tuple(d.to_bytes(8, "little", signed=True).hex() for d in digests.tolist()),
+            tuple(counted.tolist()),
+        )
 
 
 def accumulate(

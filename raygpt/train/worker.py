@@ -6,7 +6,7 @@ sums, so all hold the same weights at every step; rank 0 also writes what is to 
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray.train
@@ -24,8 +24,9 @@ from raygpt.errors import UserError
 from raygpt.model import GPT, flops_per_token
 from raygpt.optim import build_optimizer, lr_at
 from raygpt.train import state
+from raygpt.train.control import STOP, Listener, MakeWay
 from raygpt.train.job import Job
-from raygpt.train.progress import RunLog
+from raygpt.train.progress import RunLog, StepRecord
 from raygpt.train.state import Position
 from raygpt.train.step import Stepper, StepResult
 from raygpt.train.validation import Validation
@@ -40,15 +41,27 @@ def segments_from(job: Job, start: int) -> Segments:
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Train from the latest checkpoint to the end; ``settings["job"]`` is the :class:`Job`."""
-    Worker(settings["job"]).train()
+    """Train from the latest checkpoint to the end, or until asked to leave.
+
+    Args:
+        settings: ``job``, the :class:`Job`, and ``control``, the driver's Control actor.
+    """
+    worker = Worker(settings["job"], Listener(settings["control"]))
+    try:
+        worker.train()
+    except (UserError, MakeWay):
+        raise
+    except Exception:
+        # A peer is gone, or what carries the data: this replica still has all finished steps.
+        worker.rescue()
+        raise
 
 
 class Worker:
     """Model, optimizer, data and logs of one worker process."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.config = job, job.config
+    def __init__(self, job: Job, listener: Listener) -> None:
+        self.job, self.config, self.listener = job, job.config, listener
         config, context = job.config, ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
 
@@ -87,9 +100,11 @@ class Worker:
                 self.rank,
                 self.world_size,
             )
+        self.unsaved: list[StepRecord] = []
+        """Of the steps since the last checkpoint, for the case that rank 0 dies with its files."""
         self.log: RunLog | None = None
         if self.rank == 0:
-            self.log = RunLog(job.run, self.position.step)
+            self.log = RunLog(job.run, self.position.step, self.rescued)
             self.log.event(
                 "start",
                 self.position.step,
@@ -116,17 +131,44 @@ class Worker:
                 decay_tokens=self.job.decay_tokens,
             )
             owners = self.segments.owners(batch.segment, self.world_size)
-            result = self.stepper.step(batch, owners, lr)
+            result = self.stepper.step(batch, owners, lr, self.listener.votes())
             self._advance(result, tokens)
             elapsed = time.perf_counter() - began
 
             val_loss = self._validate()
             self._log_step(batch.step, result, tokens, lr, elapsed, data_wait, val_loss)
             self._check_skipped()
-            self._checkpoint()
+            self._checkpoint(now=any(result.votes))
+            if any(result.votes):
+                self._leave(stop=bool(result.votes[STOP]))
+                break
             began = time.perf_counter()
         if self.log is not None:
             self.log.close()
+
+    def rescue(self) -> None:
+        """Save the state after the last finished step, when this group of workers cannot go on.
+
+        Replicas are equal, so whichever survivors get to it write the same bytes.
+        """
+        run, step = self.job.run, self.position.step
+        if self.unsaved and not state.is_finished(run, step):
+            metadata = {**self.job.metadata(), "steps": [asdict(s) for s in self.unsaved]}
+            state.save(run, self.position, self.model, self.optimizer, metadata, with_others=True)
+
+    def _leave(self, stop: bool) -> None:
+        """End this group after a checkpoint.
+
+        Raises:
+            MakeWay: unless the run is to stop, another group goes on.
+        """
+        if self.position.step == self.config.train.steps:
+            return
+        if self.log is not None:
+            self.log.event("stop" if stop else "leave", self.position.step, "as asked")
+            self.log.flush()
+        if not stop:
+            raise MakeWay(f"made way after step {self.position.step - 1}")
 
     def _batches(self) -> Iterator[StepWindows]:
         shard = ray.train.get_dataset_shard("train")
@@ -140,9 +182,11 @@ class Worker:
             RuntimeError: workers see different checkpoints; a restart looks again.
         """
         checkpoint, position = state.latest(self.job.run), Position()
+        self.rescued: list[StepRecord] = []
         if checkpoint is not None:
             state.restore(checkpoint, self.model, self.optimizer)
             position = checkpoint.position
+            self.rescued = [StepRecord(**s) for s in checkpoint.metadata.get("steps", [])]
         ends = torch.tensor([position.step, -position.step], device=self.device)
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         last, first = ends[0].item(), -ends[1].item()
@@ -189,15 +233,16 @@ class Worker:
         self.position = replace(self.position, val_loss=loss)
         return loss
 
-    def _checkpoint(self) -> None:
-        """Write a checkpoint when one is due: by the interval, at the end, or for a new best."""
+    def _checkpoint(self, now: bool) -> None:
+        """Write a checkpoint when one is due: by the interval, at the end, for a new best, now."""
         p = self.position
         best = p.val_loss is not None and (p.best_val_loss is None or p.val_loss < p.best_val_loss)
         if best:
             self.position = p = replace(p, best_val_loss=p.val_loss)
         every, last = self.config.train.checkpoint_every, p.step == self.config.train.steps
-        if not (best or last or p.step % every == 0):
+        if not (now or best or last or p.step % every == 0):
             return
+        self.unsaved.clear()
         reported = None
         if self.log is not None:
             began = time.perf_counter()
@@ -232,8 +277,6 @@ class Worker:
         data_wait: float,
         val_loss: float | None,
     ) -> None:
-        if self.log is None:
-            return
         speed = tokens / elapsed
         peak = devices.peak_flops(self.device, self.dtype)
         flops = flops_per_token(self.config.model) * speed
@@ -254,6 +297,13 @@ class Worker:
         }
         if val_loss is not None:
             row["val_loss"] = val_loss
-        log_every = self.config.train.log_every
-        self.log.ledger(step, self.world_size, result.lane_hashes)
-        self.log.step(row, board=step % log_every == 0 or step + 1 == self.config.train.steps)
+        ledger = {
+            "step": step,
+            "world_size": self.world_size,
+            "lanes": list(result.lane_hashes),
+        }
+        self.unsaved.append(StepRecord(row, ledger))
+        if self.log is not None:
+            log_every = self.config.train.log_every
+            board = step % log_every == 0 or step + 1 == self.config.train.steps
+            self.log.step(self.unsaved[-1], board)

@@ -1,0 +1,127 @@
+"""Runs the workers under Ray Train until the run is done, stopped, or beyond what restarts cure.
+
+Ray Train starts, watches and restarts the group of workers; what it does not know is said here:
+which failures are a user's mistakes, how fast a loss is noticed, that a checkpoint comes before a
+resize, and that Ctrl-C and SIGTERM end in a checkpoint, too.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.data import Dataset
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from raygpt import device as devices
+from raygpt.data.stream import READER_CPUS, StreamConfig, window_dataset
+from raygpt.storage import Folder
+from raygpt.train import state
+from raygpt.train.callbacks import Farewell, Judge, find_user_error
+from raygpt.train.control import start_control
+from raygpt.train.job import Job
+from raygpt.train.worker import segments_from, train_worker
+
+RESIZE_CHECK_SECONDS = 5.0
+"""How often Ray Train looks whether an elastic run can have more workers."""
+_DONE = 0
+"""No signal has this number."""
+_RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+_RAY_SETTINGS = {
+    # Defaults of Ray in parentheses.  A user's own settings of these variables go first.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # (2) how soon a lost worker is noticed
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # (5) how soon a drained node is
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # (60) waiting for a node that is gone
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # (0) the dashboard's page of runs
+}
+
+
+def _window_dataset(job: Job) -> Dataset:
+    """The stream from the latest checkpoint on; runs whenever a group of workers starts."""
+    checkpoint = state.latest(job.run)
+    start = checkpoint.position.step if checkpoint else 0
+    return window_dataset(job.plan, segments_from(job, start), job.token_bytes)
+
+
+def fit(job: Job) -> int | None:
+    """Run the workers; returns the signal that stopped them before the end, if one did.
+
+    Raises:
+        UserError: a worker met one.
+        ray.train.TrainingFailedError: anything else that restarts did not cure.
+    """
+    for name, value in _RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    # Ray Train would insist that all checkpoints of its own list are still there.
+    job.run.delete_file(_RAY_SNAPSHOT)
+    control = start_control()
+    trainer = _trainer(job, control)
+    stopped_by = None
+    with _signals() as signals, ThreadPoolExecutor(1, "fit") as executor:
+        # Not in the main thread, where Ray would put its own handler for Ctrl-C.
+        done = executor.submit(trainer.fit)
+        done.add_done_callback(lambda _: signals.put(_DONE))
+        while (number := signals.get()) != _DONE:
+            if stopped_by is not None:
+                os._exit(128 + number)  # the second one: nothing is waited for
+            stopped_by = number
+            ray.get(control.stop.remote())
+        error = done.exception()
+    if isinstance(error, ray.train.TrainingFailedError):
+        raise find_user_error(error) or error from None
+    if error is not None:
+        raise error
+    finished = max(state.steps_of(job.run), default=0) >= job.config.train.steps
+    return None if finished else stopped_by
+
+
+def _trainer(job: Job, control: Any) -> TorchTrainer:
+    config, scale = job.config, job.config.scale
+    elastic = scale.min_workers < scale.max_workers
+    workers = (scale.min_workers, scale.max_workers) if elastic else scale.max_workers
+    gpus = {"GPU": float(scale.gpus_per_worker)} if scale.gpus_per_worker else {}
+    device = torch.device("cuda" if gpus else "cpu")
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job, "control": control},
+        torch_config=TorchConfig(backend=devices.backend(device)),
+        scaling_config=ray.train.ScalingConfig(  # typed as that of Ray Train's first version
+            num_workers=workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=RESIZE_CHECK_SECONDS,  # type: ignore[call-arg]
+            use_gpu=bool(gpus),
+            # What is left of a worker's CPUs is for the read tasks.
+            resources_per_worker={"CPU": scale.cpus_per_worker - READER_CPUS, **gpus},
+        ),
+        datasets={"train": partial(_window_dataset, job)},
+        dataset_config=StreamConfig(),
+        run_config=ray.train.RunConfig(
+            name=config.run.name,
+            storage_path=Folder.from_path(config.run.storage).uri,
+            failure_config=ray.train.FailureConfig(max_failures=-1),
+            callbacks=[
+                Judge(job.run),  # type: ignore[list-item]
+                Farewell(control, job.run),  # type: ignore[list-item]
+            ],
+        ),
+    )
+
+
+@contextmanager
+def _signals() -> Iterator["SimpleQueue[int]"]:
+    """SIGINT and SIGTERM as they come, while this lasts."""
+    # The one queue that a signal handler may put to: its put is reentrant.
+    arrived: SimpleQueue[int] = SimpleQueue()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(n, lambda number, _: arrived.put(number)) for n in numbers]
+    try:
+        yield arrived
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
