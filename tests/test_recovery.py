@@ -23,7 +23,7 @@ model: {{n_layer: 2, n_head: 2, n_embd: 32, block_size: 32, vocab_size: 264, dro
 batch: {{tokens: 1024, lanes: 4, micro: 4}}
 optim: {{max_lr: 3.0e-3, warmup_steps: 20}}
 train:
-  {{steps: {STEPS}, log_every: 50, eval_every: 0, eval_tokens: 4096, checkpoint_every: 100000,
+  {{steps: {STEPS}, log_every: 50, eval_every: 100, eval_tokens: 4096, checkpoint_every: 100000,
   sample_prompt: "", precision: fp32}}
 scale: {{workers: 2, gpus_per_worker: 0}}
 """

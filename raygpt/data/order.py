@@ -12,12 +12,12 @@ Two independent parts make it up; a third deals the lanes to workers:
 Vocabulary: a *window* is T+1 consecutive tokens of one
 chunk; *lane* l of L owns chunks l, l+L, l+2L, ... of each epoch's chunk order.
 
-Cost: a lookup is O(log epochs + log chunks) plus the permutation of the chunks
-it touches.  Where an epoch begins in a lane depends on which chunks the lane
-got in the epochs before, so the first lookup in epoch e adds up e permutations
-of the chunk list, once per process; steps are never scanned.  The keys are our
-own hash (splitmix64), not a library's generator, so an order recorded today
-holds under any later version of numpy.
+Cost: a lookup is O(log epochs) plus a sum over the lane's chunks of one epoch
+and the permutation of those it touches.  Where an epoch begins in a lane
+depends on which chunks the lane got in the epochs before, so the first lookup
+in epoch e adds up e permutations of the chunk list, once per process; steps
+are never scanned.  The keys are our own hash (splitmix64), not a library's
+generator, so an order recorded today holds under any later version of numpy.
 """
 
 from bisect import bisect_right

@@ -82,6 +82,11 @@ class StepRecord:
     def __post_init__(self) -> None:
         object.__setattr__(self, "metrics", {k: _finite(v) for k, v in self.metrics.items()})
 
+    def add_val_loss(self, val_loss: float | None) -> None:
+        """Add what was measured after the step, if it was."""
+        if val_loss is not None:
+            self.metrics["val_loss"] = _finite(val_loss)
+
 
 class RunLog:
     """The files of a run's progress, from ``step`` on.

@@ -100,6 +100,7 @@ class Worker:
                 self.rank,
                 self.world_size,
             )
+        self._validate_what_was_missed()
         self.unsaved: list[StepRecord] = []
         """Of the steps since the last checkpoint, for the case that rank 0 dies with its files."""
         self.log: RunLog | None = None
@@ -115,6 +116,8 @@ class Worker:
     def train(self) -> None:
         """The loop: one pass a step."""
         config, schedule = self.config, self.job.schedule
+        if self.missed:
+            self._checkpoint(now=False)  # it may be the best so far
         batches = self._batches()
         began = time.perf_counter()
         while self.position.step < config.train.steps:
@@ -135,8 +138,10 @@ class Worker:
             self._advance(result, tokens)
             elapsed = time.perf_counter() - began
 
-            val_loss = self._validate()
-            self._log_step(batch.step, result, tokens, lr, elapsed, data_wait, val_loss)
+            record = self._record(batch.step, result, tokens, lr, elapsed, data_wait)
+            self.unsaved.append(record)
+            record.add_val_loss(self._validate())
+            self._log_step(record)
             self._check_skipped()
             self._checkpoint(now=any(result.votes))
             if any(result.votes):
@@ -224,6 +229,14 @@ class Worker:
                 "another --run.name"
             )
 
+    def _validate_what_was_missed(self) -> None:
+        """Where a group of workers ended between a step and its validation, do that first."""
+        self.missed = False
+        if self.rescued and self.position.val_loss is None:
+            val_loss = self._validate()
+            self.rescued[-1].add_val_loss(val_loss)
+            self.missed = val_loss is not None
+
     def _validate(self) -> float | None:
         every, step = self.config.train.eval_every, self.position.step
         due = step == self.config.train.steps or (every and step % every == 0)
@@ -267,7 +280,7 @@ class Worker:
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
         )
 
-    def _log_step(
+    def _record(
         self,
         step: int,
         result: StepResult,
@@ -275,8 +288,7 @@ class Worker:
         lr: float,
         elapsed: float,
         data_wait: float,
-        val_loss: float | None,
-    ) -> None:
+    ) -> StepRecord:
         speed = tokens / elapsed
         peak = devices.peak_flops(self.device, self.dtype)
         flops = flops_per_token(self.config.model) * speed
@@ -295,15 +307,11 @@ class Worker:
             "batch_hash": batch_hash(result.lane_hashes),
             "skipped": self.position.skipped,
         }
-        if val_loss is not None:
-            row["val_loss"] = val_loss
-        ledger = {
-            "step": step,
-            "world_size": self.world_size,
-            "lanes": list(result.lane_hashes),
-        }
-        self.unsaved.append(StepRecord(row, ledger))
+        ledger = {"step": step, "world_size": self.world_size, "lanes": list(result.lane_hashes)}
+        return StepRecord(row, ledger)
+
+    def _log_step(self, record: StepRecord) -> None:
         if self.log is not None:
-            log_every = self.config.train.log_every
+            step, log_every = record.metrics["step"], self.config.train.log_every
             board = step % log_every == 0 or step + 1 == self.config.train.steps
-            self.log.step(self.unsaved[-1], board)
+            self.log.step(record, board)
