@@ -15,7 +15,7 @@ from head import Head
 from raygpt.data.prepare import prepare
 from raygpt.train.state import METADATA, MODEL, checkpoint_name
 
-STEPS = 1200
+STEPS = 600
 SETTINGS = f"""
 run: {{storage: STORAGE}}
 data: {{corpus: CORPUS, segment_steps: 100}}
