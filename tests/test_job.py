@@ -239,11 +239,11 @@ def test_paths_do_not_depend_on_the_working_directory(
 @pytest.mark.parametrize(
     ("cwd", "storage", "expected"),
     [
-        ("work", "runs", "{tmp}/work/runs"),
-        ("work", "../runs", "{tmp}/runs"),
-        ("work", "~/runs", "{tmp}/home/runs"),
-        ("work", "{tmp}/runs", "{tmp}/runs"),
-        ("work", "s3://bucket/runs", "s3://bucket/runs"),
+        ("here", "runs", "{tmp}/here/runs"),
+        ("here", "../runs", "{tmp}/runs"),
+        ("here", "~/runs", "{tmp}/home/runs"),
+        ("here", "{tmp}/runs", "{tmp}/runs"),
+        ("here", "s3://bucket/runs", "s3://bucket/runs"),
         ("ray/working_dir_files/job", "runs", "{tmp}/home/runs"),
         ("ray/working_dir_files/job", "{tmp}/runs", "{tmp}/runs"),
         ("ray/working_dir_files/job", "s3://bucket/runs", "s3://bucket/runs"),
