@@ -35,7 +35,7 @@ def test_a_ramp_over_several_epochs_is_proven(tmp_path: Path, corpus_path: Path)
     assert verdict == (
         f"{tokens:,} tokens, each once; {epochs:.2f} epochs, each window once an epoch"
     )
-    assert report.ok and "," in verdict.split(";")[0]
+    assert report.ok
 
 
 def test_an_unfinished_run_is_proven_so_far(run: Run) -> None:

@@ -113,14 +113,12 @@ def test_the_last_lines_are_shown_at_the_end(run: Folder, monkeypatch: pytest.Mo
     screen, log = Screen(), RunLog(run, 0)
     monkeypatch.setattr(console_module, "POLL_SECONDS", 600.0)
     follower = follow(run, screen)
-    began = time.monotonic()
     log.event("start", 0, "2 workers")
     with follower:
         screen.wait(lambda seen: bool(seen.lines))  # the only look before the end
         log.step(record(0), board=False)
         log.close()
     assert screen.lines == ["start at step 0: 2 workers", step_line(row(0))]
-    assert time.monotonic() - began < 600
 
 
 @pytest.mark.parametrize(
