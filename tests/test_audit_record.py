@@ -8,9 +8,10 @@ import pytest
 from audited import LANES, Run
 from audited import corpus_path as corpus_path
 from audited import run as run
+from helpers import WEIGHTS_FILE
 
 from raygpt.train.progress import LEDGER, METRICS
-from raygpt.train.state import METADATA, MODEL, checkpoint_name
+from raygpt.train.state import METADATA, checkpoint_name
 
 # --- steps lost, missing, twice
 
@@ -78,7 +79,7 @@ def test_rescued_steps(run: Run) -> None:
 def test_a_damaged_checkpoint_claims_nothing(run: Run) -> None:
     run.play(stop=27)
     run.save()
-    weights = run.path / checkpoint_name(30) / MODEL
+    weights = run.path / checkpoint_name(30) / WEIGHTS_FILE
     weights.write_bytes(weights.read_bytes()[:-1])
     report = run.audit()
     assert report.ok and report.steps == 27
