@@ -16,8 +16,9 @@ CONNECT, SCHEDULE, START, RESTORE, FIRST_STEP, TRAIN = (
 )
 """Phases of a driver and its workers: the driver checks settings and connects to Ray; workers
 are placed; their processes start; they load the state; they take their first step; they train."""
-REDONE, DETECT = "redone", "detect"
-"""Steps that were lost; from the last finished step until its workers were known to be gone."""
+REDONE, REDONE_BEFORE, DETECT = "redone", "redone_before", "detect"
+"""Steps that were lost: of this driver, of an earlier one; and the time from the last finished
+step until its workers were known to be gone."""
 COUNTED = "steps"
 
 Mark = tuple[str, float]
@@ -73,9 +74,9 @@ def restart_ms(
     since = max(began, kept or began)
     resumed = max([since, *here])
     spent = {REDONE: resumed - since}
-    for attempt in {number for number, end in lost if end < began}:  # of an earlier driver
+    for attempt in {number for number, end in lost if end < began}:
         ends = [end for number, end in lost if number == attempt]
-        spent[REDONE] += max(ends) - min(ends)
+        spent[REDONE_BEFORE] = spent.get(REDONE_BEFORE, 0.0) + max(ends) - min(ends)
     if phases[0][0] == TRAIN:
         phases[0] = (DETECT, resumed)
     for (phase, start), (_, end) in zip(phases, [*phases[1:], (TRAIN, now)], strict=True):
@@ -103,8 +104,13 @@ class Accounts:
         for phase, spent in restart.items():
             self._spend(_SHOWN.get(phase, f"restart: {phase.replace('_', ' ')}"), spent)
 
-    def add_rest(self, wall_seconds: float) -> None:
-        """Name what follows the last step: its validation and checkpoint, the end of workers."""
+    def close(self, wall_seconds: float) -> None:
+        """Make these the accounts of one driver, which took so long.
+
+        What follows the last step, its validation and checkpoint and the workers' end, is the
+        rest; what steps of an earlier driver took is not this one's.
+        """
+        self.seconds.pop(_SHOWN[REDONE_BEFORE], None)
         self._spend("end", 1000 * (wall_seconds - sum(self.seconds.values())))
 
     def _spend(self, kind: str, milliseconds: float) -> None:
@@ -117,4 +123,8 @@ class Accounts:
         return self.seconds.get(COUNTED, 0.0) / total if total else 0.0
 
 
-_SHOWN = {REDONE: "redone steps", CONNECT: "driver's start"}
+_SHOWN = {
+    REDONE: "redone steps",
+    REDONE_BEFORE: "redone steps of an earlier job",
+    CONNECT: "driver's start",
+}

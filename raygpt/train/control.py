@@ -13,6 +13,7 @@ What it gives up: leaving in the middle of a step.
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.train.v2._internal.execution.context import get_train_context
 
+from raygpt.errors import UserError
+from raygpt.storage import Folder
 from raygpt.train.accounts import CONNECT, TRAIN, Mark
 
 MAKE_WAY, STOP = 0, 1
@@ -28,6 +31,10 @@ MAKE_WAY, STOP = 0, 1
 
 class MakeWay(Exception):
     """Ends this group of workers after a checkpoint; another one goes on."""
+
+
+OTHER_DRIVER_SECONDS = 20.0
+"""How long a driver waits for another one of the same run to be gone."""
 
 
 class Requests(NamedTuple):
@@ -39,7 +46,8 @@ class Requests(NamedTuple):
 
 
 class Control:
-    """Holds the requests of a driver, and the phases of the run; an asynchronous actor.
+    """Holds the requests of a driver, what workers say to it, and the phases of the run; an
+    asynchronous actor.
 
     Args:
         began: unix time at which the driver began.
@@ -49,6 +57,7 @@ class Control:
         self._changed = asyncio.Condition()
         self._requests = Requests()
         self._rescued = 0
+        self._said: list[str] = []
         self._marks: list[Mark] = [(CONNECT, began)]
 
     async def request(self, kind: str) -> None:
@@ -80,6 +89,19 @@ class Control:
         """How many workers saved what they had since the last request."""
         return self._rescued
 
+    async def say(self, text: str) -> None:
+        """Tell the person at the driver something, once."""
+        async with self._changed:
+            if text not in self._said:
+                self._said.append(text)
+                self._changed.notify_all()
+
+    async def said(self, known: int) -> list[str]:
+        """Return when more was said than so many texts: the new ones."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._said) > known)
+            return self._said[known:]
+
     async def mark(self, phase: str, at: float) -> None:
         """A phase of the run began; see ``accounts.py``."""
         if phase == TRAIN:
@@ -92,12 +114,31 @@ class Control:
         return self._marks
 
 
-def start_control(began: float) -> ActorHandle:
-    """The control actor of this driver, on its node; it ends with the driver."""
+def start_control(run: Folder, began: float) -> ActorHandle:
+    """The control actor of this driver, on its node; it ends with the driver.
+
+    Raises:
+        UserError: the run has another driver on this cluster, and it does not end soon.
+    """
     node = ray.get_runtime_context().get_node_id()
-    actor: Any = ray.remote(Control)
-    here = {"ray.io/node-id": node}
-    return actor.options(num_cpus=0, max_concurrency=1000, label_selector=here).remote(began)
+    actor: Any = ray.remote(Control).options(
+        name=f"control of {run}",
+        namespace="raygpt",
+        num_cpus=0,
+        max_concurrency=1000,
+        label_selector={"ray.io/node-id": node},
+    )
+    deadline = time.monotonic() + OTHER_DRIVER_SECONDS
+    while True:
+        try:
+            return actor.remote(began)
+        except ValueError as error:  # the name is taken, for a while also by one that was killed
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{run} is being trained by another job of this cluster; wait for it, stop "
+                    "it, or give another --run.name"
+                ) from error
+        time.sleep(0.5)
 
 
 class Listener:
@@ -126,6 +167,10 @@ class Listener:
         except ray.exceptions.RayError:
             # The driver is gone or out of reach, and Ray will end its workers soon.
             self._stop = True
+
+    def say(self, text: str) -> None:
+        """Tell the person at the driver something."""
+        self.control.say.remote(text)
 
     def votes(self) -> list[int]:
         """What this worker asks for: (make way, stop), each 0 or 1."""

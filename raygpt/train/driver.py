@@ -16,6 +16,7 @@ from raygpt.storage import Folder, patiently
 from raygpt.train import cluster, state
 from raygpt.train.accounts import Accounts
 from raygpt.train.console import Follower, say, table
+from raygpt.train.control import start_control
 from raygpt.train.fit import fit
 from raygpt.train.job import (
     Job,
@@ -60,9 +61,10 @@ def run(config: Config, dry_run: bool = False, began: float | None = None) -> No
         say(console, "connecting to Ray ...")
         cluster.connect()
         job = replace(job, config=replace(job.config, scale=cluster.fit_scale(job.config.scale)))
+        control = start_control(job.run, began)
         job.run.write_bytes(CONFIG, json.dumps(job.settings(), indent=1).encode())
         with Follower(job.run, console, step, config.train.steps, config.train.log_every):
-            stopped_by = fit(job, began)
+            stopped_by = fit(job, control, lambda text: say(console, f"warning: {text}"))
         if stopped_by is not None:
             _say_accounts(job, console, began)
             say(console, f"stopped; submit the run again, and it goes on: {job.run}")
@@ -84,7 +86,7 @@ def _say_accounts(job: Job, console: Console, began: float) -> None:
     """What this job's wall time went into."""
     rows = [row for row in _metrics(job) if row.get("time", 0.0) >= began]
     accounts = Accounts(rows)
-    accounts.add_rest(time.time() - began)
+    accounts.close(time.time() - began)
     total = sum(accounts.seconds.values())
     shown = {
         kind: f"{seconds:8.1f} s {seconds / total:6.1%}"

@@ -7,10 +7,11 @@ resize, and that Ctrl-C and SIGTERM end in a checkpoint, too.
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -27,7 +28,6 @@ from raygpt.storage import Folder, patiently
 from raygpt.train import state
 from raygpt.train.accounts import SCHEDULE
 from raygpt.train.callbacks import Farewell, Judge, Timekeeper, find_user_error
-from raygpt.train.control import start_control
 from raygpt.train.job import Job
 from raygpt.train.worker import segments_from, train_worker
 
@@ -54,11 +54,12 @@ def _window_dataset(job: Job) -> Dataset:
     return window_dataset(job.plan, segments_from(job, start), job.token_bytes)
 
 
-def fit(job: Job, began: float) -> int | None:
+def fit(job: Job, control: Any, tell: Callable[[str], None]) -> int | None:
     """Run the workers; returns the signal that stopped them before the end, if one did.
 
     Args:
-        began: unix time at which this driver began.
+        control: the driver's Control actor.
+        tell: shows a text to the person who waits.
 
     Raises:
         UserError: a worker met one.
@@ -68,8 +69,8 @@ def fit(job: Job, began: float) -> int | None:
         os.environ.setdefault(name, value)
     # Ray Train would insist that all checkpoints of its own list are still there.
     job.run.delete_file(_RAY_SNAPSHOT)
-    control = start_control(began)
     control.mark.remote(SCHEDULE, time.time())
+    threading.Thread(target=_hear, args=(control, tell), name="hear", daemon=True).start()
     trainer = _trainer(job, control)
     stopped_by = None
     with _signals() as signals, ThreadPoolExecutor(1, "fit") as executor:
@@ -120,6 +121,16 @@ def _trainer(job: Job, control: Any) -> TorchTrainer:
             ],
         ),
     )
+
+
+def _hear(control: Any, tell: Callable[[str], None]) -> None:
+    """Pass on what workers say, as long as the control actor lives."""
+    heard = 0
+    with suppress(ray.exceptions.RayError):
+        while True:
+            for text in ray.get(control.said.remote(heard)):
+                heard += 1
+                tell(text)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ since a file can only be written whole.
 """
 
 import json
-import logging
 import math
 import os
 import time
@@ -22,7 +21,6 @@ from tensorboardX import SummaryWriter
 from raygpt.storage import Folder, explained, patiently
 from raygpt.train.accounts import Accounts
 
-logger = logging.getLogger("ray.train")
 METRICS, EVENTS, LEDGER = "metrics.jsonl", "events.jsonl", "ledger.jsonl"
 TENSORBOARD = "tensorboard"
 UPLOAD_SECONDS = 15.0
@@ -114,12 +112,18 @@ class RunLog:
         step: the first step of this start; earlier steps are kept, later ones taken out.
         rescued: steps before it that the files may lack, since rank 0 died.
         patience: seconds for which a storage that refuses is tried again.
+        say: told of it.
     """
 
     def __init__(
-        self, run: Folder, step: int, rescued: Sequence[StepRecord] = (), patience: float = 0.0
+        self,
+        run: Folder,
+        step: int,
+        rescued: Sequence[StepRecord] = (),
+        patience: float = 0.0,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._patience = patience
+        self._patience, self._say = patience, say
         earlier = read_json_lines(run, METRICS)
         ledger = read_json_lines(run, LEDGER)
         self._attempt = last_attempt([*earlier, *ledger]) + 1
@@ -216,7 +220,7 @@ class RunLog:
 
     def _patiently(self, *actions: Callable[[], None]) -> None:
         for action in actions:
-            patiently(action, self._patience, logger.warning)
+            patiently(action, self._patience, self._say)
 
     def _submit(self, action: Callable[..., None], *arguments: Any) -> "Future[None]":
         def guarded() -> None:

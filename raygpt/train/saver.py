@@ -6,7 +6,6 @@ follow in the background.  A checkpoint counts when rank 0 has heard that every 
 and writes its metadata.  What it gives up: memory, one copy of this worker's share.
 """
 
-import logging
 import os
 import sys
 import threading
@@ -28,7 +27,6 @@ from raygpt.train.parts import Part, Snapshots, cut_into_parts, share_of
 from raygpt.train.progress import RunLog
 from raygpt.train.state import Position
 
-logger = logging.getLogger("ray.train")
 SHARES_TIMEOUT = timedelta(hours=2)
 """For the slowest worker to store its share.  A dead one is noticed at once."""
 _LOWEST_PRIORITY = 19
@@ -40,6 +38,7 @@ class Saver:
     Args:
         log: rank 0's; None elsewhere.
         patience: seconds for which a storage that refuses is tried again.
+        say: told of it.
         saved: called in the background with a checkpoint's step once it counts.
     """
 
@@ -50,9 +49,11 @@ class Saver:
         log: RunLog | None,
         device: torch.device,
         patience: float,
+        say: Callable[[str], None],
         saved: Callable[[int], None],
     ) -> None:
         self._run, self._metadata, self._log, self._patience = run, metadata, log, patience
+        self._say = say
         self._saved, self._copier = saved, devices.Copier(device)
         self._snapshots = Snapshots(pinned=device.type == "cuda")
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
@@ -62,7 +63,6 @@ class Saver:
         self._copied.set()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._step = 0
 
     def begin(self, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Begin with the checkpoint of a position; every worker calls it.
@@ -111,7 +111,7 @@ class Saver:
             self._copied.set()
 
     def _store(self, position: Position, copies: dict[str, memoryview]) -> None:
-        began, self._step = time.perf_counter(), position.step
+        began = time.perf_counter()
         folder = self._run.child(state.checkpoint_name(position.step))
         entries = {
             file: self._patiently(partial(state.write_file, folder, file, data))
@@ -148,11 +148,6 @@ class Saver:
 
     def _patiently(self, action: Callable[[], Any]) -> Any:
         return patiently(action, self._patience, self._say)
-
-    def _say(self, text: str) -> None:
-        if self._log is not None:
-            self._log.event("storage", self._step, text)
-        logger.warning(text)
 
 
 def _give_way() -> None:

@@ -117,7 +117,7 @@ class Worker:
         self.log: RunLog | None = None
         patience = config.run.storage_patience
         if self.rank == 0:
-            self.log = RunLog(job.run, self.position.step, self.rescued, patience)
+            self.log = RunLog(job.run, self.position.step, self.rescued, patience, listener.say)
             self.log.event(
                 "start",
                 self.position.step,
@@ -125,7 +125,13 @@ class Worker:
                 f"{str(self.dtype).removeprefix('torch.')}, {config.scale.threads} threads",
             )
         self.saver = Saver(
-            job.run, job.metadata(), self.log, self.device, patience, self._has_saved
+            job.run,
+            job.metadata(),
+            self.log,
+            self.device,
+            patience,
+            listener.say,
+            self._has_saved,
         )
         self.stopwatch = Stopwatch()
         self._mark(RESTORE, began)
