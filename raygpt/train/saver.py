@@ -13,19 +13,20 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-import ray.train
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from raygpt import device as devices
-from raygpt.storage import Folder, patiently
+from raygpt.storage import Folder, StorageError, patiently
 from raygpt.train import state
 from raygpt.train.parts import Part, Snapshots, cut_into_parts, share_of
 from raygpt.train.progress import RunLog
-from raygpt.train.state import Position
+from raygpt.train.state import Checkpoint, Position
+
+_Result = TypeVar("_Result")
 
 SHARES_TIMEOUT = timedelta(hours=2)
 """For the slowest worker to store its share.  A dead one is noticed at once."""
@@ -39,7 +40,7 @@ class Saver:
         log: rank 0's; None elsewhere.
         patience: seconds for which a storage that refuses is tried again.
         say: told of it.
-        saved: called in the background with a checkpoint's step once it counts.
+        saved: called in the background of every worker once a checkpoint counts; rank 0 gets it.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Saver:
         device: torch.device,
         patience: float,
         say: Callable[[str], None],
-        saved: Callable[[int], None],
+        saved: Callable[[Position, Checkpoint | None], None],
     ) -> None:
         self._run, self._metadata, self._log, self._patience = run, metadata, log, patience
         self._say = say
@@ -119,34 +120,27 @@ class Saver:
         }
         shares: list[Any] = [None] * self._world_size
         dist.all_gather_object(shares, entries, group=self._group)
-        reported = None
+        checkpoint: Checkpoint | None = None
         if self._log is not None:
             self._log.flush()  # a checkpoint must not outlive the steps before it
             files = {file: entry for share in shares for file, entry in share.items()}
             checkpoint = self._patiently(
-                lambda: state.commit(folder, position, files, self._metadata)
+                partial(state.commit, folder, position, files, self._metadata)
             )
-            self._patiently(lambda: state.prune(self._run, checkpoint))
+            try:
+                state.prune(self._run, checkpoint)
+            except StorageError as error:  # no reason to stop: the next one deletes it, too
+                self._say(str(error))
             self._log.event(
                 "checkpoint",
                 position.step,
                 f"{checkpoint.folder.split()[1]} in {time.perf_counter() - began:.2f} s, weights "
                 f"{checkpoint.weights_sha256[:12]}",
             )
-            storage = ray.train.get_context().get_storage()
-            reported = ray.train.Checkpoint(
-                f"{storage.experiment_fs_path}/{checkpoint.folder.split()[1]}",
-                storage.storage_filesystem,
-            )
         dist.barrier(self._group)  # it counts from here on
-        self._saved(position.step)
-        ray.train.report(
-            {"step": position.step, "val_loss": position.val_loss},
-            checkpoint=reported,
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
-        )
+        self._saved(position, checkpoint)
 
-    def _patiently(self, action: Callable[[], Any]) -> Any:
+    def _patiently(self, action: Callable[[], _Result]) -> _Result:
         return patiently(action, self._patience, self._say)
 
 

@@ -312,10 +312,20 @@ class Worker:
             return
         self.saver.begin(p, self.model, self.optimizer)
 
-    def _has_saved(self, step: int) -> None:
-        """A checkpoint counts; called in the background."""
+    def _has_saved(self, position: Position, checkpoint: state.Checkpoint | None) -> None:
+        """A checkpoint counts: report it to Ray Train; called in the background."""
         with self.state_lock:
-            self.unsaved = [r for r in self.unsaved if r.metrics["step"] >= step]
+            self.unsaved = [r for r in self.unsaved if r.metrics["step"] >= position.step]
+        reported = None
+        if checkpoint is not None:
+            storage = ray.train.get_context().get_storage()
+            path = f"{storage.experiment_fs_path}/{checkpoint.folder.split()[1]}"
+            reported = ray.train.Checkpoint(path, storage.storage_filesystem)
+        ray.train.report(
+            {"step": position.step, "val_loss": position.val_loss},
+            checkpoint=reported,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+        )
 
     def _mark(self, phase: str, at: float) -> None:
         if self.rank == 0:
