@@ -8,11 +8,15 @@ What it gives up: certainty that the next release of Ray keeps them; the tests w
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.train.v2._internal.exceptions import (
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2._internal.execution.worker_group import (
@@ -22,9 +26,10 @@ from ray.train.v2._internal.execution.worker_group import (
 )
 
 from raygpt.errors import UserError
-from raygpt.storage import Folder
+from raygpt.storage import Folder, reason_of
 from raygpt.train import state
 from raygpt.train.accounts import SCHEDULE, START
+from raygpt.train.control import MakeWay
 
 logger = logging.getLogger("ray.train")
 MAX_STARTS_WITHOUT_A_CHECKPOINT = 5
@@ -80,7 +85,7 @@ def find_user_error(error: BaseException | None) -> UserError | None:
 
 
 class Timekeeper(ControllerCallback, WorkerGroupCallback):
-    """Tells the control actor in which phase the run is; see ``accounts.py``."""
+    """Tells the control actor in which phase the run is, see ``accounts.py``, and what was lost."""
 
     def __init__(self, control: ActorHandle) -> None:
         self._control = control
@@ -93,7 +98,10 @@ class Timekeeper(ControllerCallback, WorkerGroupCallback):
         self._training = True
 
     def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
-        if worker_group_status.errors:
+        errors = worker_group_status.errors
+        if self._training and errors and not _is_planned(errors.values()):
+            self._control.say.remote(f"{_loss(errors)}; restarting from what is saved")
+        if errors:
             self._end_of_training()
 
     def before_controller_execute_resize_decision(self, resize_decision: ResizeDecision) -> None:
@@ -106,6 +114,21 @@ class Timekeeper(ControllerCallback, WorkerGroupCallback):
 
     def _mark(self, phase: str) -> None:
         self._control.mark.remote(phase, time.time())
+
+
+def _is_planned(errors: Iterable[BaseException]) -> bool:
+    return all(isinstance(getattr(e, "_base_exc", None), MakeWay | UserError) for e in errors)
+
+
+def _loss(errors: dict[int, Exception]) -> str:
+    """Which workers are gone; of those that failed because others are gone, only if no other."""
+    gone = (WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
+    lost = [rank for rank, error in errors.items() if isinstance(error, gone)]
+    if lost:
+        return f"lost worker {', '.join(map(str, lost))}"
+    rank, error = next(iter(errors.items()))
+    cause = getattr(error, "_base_exc", error)
+    return f"worker {rank} failed ({type(cause).__name__}: {reason_of(cause)})"
 
 
 class Farewell(ControllerCallback, WorkerGroupCallback):

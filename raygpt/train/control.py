@@ -90,11 +90,10 @@ class Control:
         return self._rescued
 
     async def say(self, text: str) -> None:
-        """Tell the person at the driver something, once."""
+        """Tell the person at the driver something."""
         async with self._changed:
-            if text not in self._said:
-                self._said.append(text)
-                self._changed.notify_all()
+            self._said.append(text)
+            self._changed.notify_all()
 
     async def said(self, known: int) -> list[str]:
         """Return when more was said than so many texts: the new ones."""

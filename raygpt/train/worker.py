@@ -118,6 +118,13 @@ class Worker:
         patience = config.run.storage_patience
         if self.rank == 0:
             self.log = RunLog(job.run, self.position.step, self.rescued, patience, listener.say)
+            if self.rescued:
+                first = self.rescued[0].metrics["step"]
+                self.log.event(
+                    "rescue",
+                    self.position.step,
+                    f"steps from {first} on were saved by workers that outlived others",
+                )
             self.log.event(
                 "start",
                 self.position.step,
