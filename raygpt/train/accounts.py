@@ -20,6 +20,7 @@ REDONE, REDONE_BEFORE, DETECT = "redone", "redone_before", "detect"
 """Steps that were lost: of this driver, of an earlier one; and the time from the last finished
 step until its workers were known to be gone."""
 COUNTED = "steps"
+BETWEEN_STEPS = ("validation", "checkpoint", "other")
 
 Mark = tuple[str, float]
 """A phase and the unix time at which it began."""
@@ -48,7 +49,7 @@ class Stopwatch:
         """The columns of a step that just ended, beside its own time."""
         now = time.perf_counter()
         total = 1000 * (now - self._row_ended)
-        row = {f"{kind}_ms": self._spent.get(kind, 0.0) for kind in ("validation", "checkpoint")}
+        row = {f"{kind}_ms": self._spent.get(kind, 0.0) for kind in BETWEEN_STEPS[:-1]}
         row["other_ms"] = max(0.0, total - step_ms - sum(row.values()))
         self._row_ended, self._spent = now, {}
         return {name: round(value, 3) for name, value in row.items()}
@@ -88,21 +89,19 @@ class Accounts:
     """Seconds by what they were spent on, summed over lines of metrics.jsonl."""
 
     def __init__(self, rows: Iterable[dict[str, Any]] = ()) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds = dict.fromkeys(_NAMES.values(), 0.0)
         for row in rows:
             self.add(row)
 
     def add(self, row: dict[str, Any]) -> None:
-        restart: dict[str, float] | None = row.get("restart_ms")
-        if restart is None:
+        """Add a line of metrics.jsonl."""
+        spent: dict[str, float] | None = row.get("restart_ms")
+        if spent is None:
             wait = row.get("data_wait_ms", 0.0)
-            self._spend(COUNTED, row.get("step_ms", 0.0) - wait)
-            self._spend("data wait", wait)
-            for kind in ("validation", "checkpoint", "other"):
-                self._spend(kind, row.get(f"{kind}_ms", 0.0))
-            return
-        for phase, spent in restart.items():
-            self._spend(_SHOWN.get(phase, f"restart: {phase.replace('_', ' ')}"), spent)
+            spent = {COUNTED: row.get("step_ms", 0.0) - wait, "data_wait": wait}
+            spent |= {kind: row.get(f"{kind}_ms", 0.0) for kind in BETWEEN_STEPS}
+        for kind, milliseconds in spent.items():
+            self.seconds[_NAMES[kind]] += milliseconds / 1000
 
     def close(self, wall_seconds: float) -> None:
         """Make these the accounts of one driver, which took so long.
@@ -110,21 +109,25 @@ class Accounts:
         What follows the last step, its validation and checkpoint and the workers' end, is the
         rest; what steps of an earlier driver took is not this one's.
         """
-        self.seconds.pop(_SHOWN[REDONE_BEFORE], None)
-        self._spend("end", 1000 * (wall_seconds - sum(self.seconds.values())))
-
-    def _spend(self, kind: str, milliseconds: float) -> None:
-        self.seconds[kind] = self.seconds.get(kind, 0.0) + milliseconds / 1000
+        del self.seconds[_NAMES[REDONE_BEFORE]]
+        self.seconds["end"] = wall_seconds - sum(self.seconds.values())
 
     @property
     def goodput(self) -> float:
         """Share of the time that went into steps that count; 0 before the first one."""
         total = sum(self.seconds.values())
-        return self.seconds.get(COUNTED, 0.0) / total if total else 0.0
+        return self.seconds[COUNTED] / total if total else 0.0
 
 
-_SHOWN = {
+_NAMES = {
+    COUNTED: COUNTED,
+    "data_wait": "data wait",
+    **{kind: kind for kind in BETWEEN_STEPS},
     REDONE: "redone steps",
     REDONE_BEFORE: "redone steps of an earlier job",
     CONNECT: "driver's start",
+    **{
+        p: f"restart: {p.replace('_', ' ')}" for p in (DETECT, SCHEDULE, START, RESTORE, FIRST_STEP)
+    },
 }
+"""Of each kind of time its name in the accounts, in their order."""

@@ -91,6 +91,7 @@ def _say_accounts(job: Job, console: Console, began: float) -> None:
     shown = {
         kind: f"{seconds:8.1f} s {seconds / total:6.1%}"
         for kind, seconds in accounts.seconds.items()
+        if seconds >= 0.05
     }
     console.print(table("Where the time went", {**shown, "all": f"{total:8.1f} s"}))
 
