@@ -1,9 +1,13 @@
 """The price of the canonical sum: a training step with it, against DDP's own all-reduce.
 
-    python benchmarks/exact_sum.py [--steps 100] [--rounds 5] [--workers 2]
+    python benchmarks/exact_sum.py [--short] [--rounds 20] [--steps 10]
 
-Both sides train the same model on the same windows, one lane a worker, in the same processes and
-in turns, round after round; what is printed are medians over all steps of rank 0, and their ratio.
+Both sides train the same model on the same windows in the same processes, in turns of a few
+steps.  Lines with as many lanes as workers show the sum alone; where there are more, a worker
+goes through several lanes a step, and with three workers its partial sums differ in number.
+
+What is printed are medians of rank 0 over rounds, and the quartiles of the ratio within a round:
+they show how quiet the machine was.  Workers should not outnumber cores.
 """
 
 import argparse
@@ -27,33 +31,38 @@ from raygpt.model import GPT
 from raygpt.optim import build_optimizer
 from raygpt.train.step import Stepper
 
-MODELS = {
-    "3 x 128, 64 tokens": (ModelConfig(3, 4, 128, 64, 320), 6),
-    "6 x 384, 256 tokens": (ModelConfig(6, 6, 384, 256, 320), 2),
-}
+SMALL, LARGE = ModelConfig(3, 4, 128, 64, 320), ModelConfig(6, 6, 384, 256, 320)
+MODELS = {"3 x 128, 64 tokens": (SMALL, 6), "6 x 384, 256 tokens": (LARGE, 2)}
 """Sizes, and windows of a lane."""
-WARM_UP = 5
+CASES = [
+    ("3 x 128, 64 tokens", 2, 2),
+    ("6 x 384, 256 tokens", 2, 2),
+    ("3 x 128, 64 tokens", 2, 8),
+    ("3 x 128, 64 tokens", 3, 8),
+]
+"""Model, workers and lanes of each line; the short form has the first and the third."""
+WARM_UP = 2
+
+Lanes = dict[int, np.ndarray]
+Step = Callable[[int], None]
 
 
-def canonical(config: ModelConfig, windows: np.ndarray, workers: int) -> Callable[[int], None]:
+def canonical(config: ModelConfig, mine: Lanes, owners: tuple[int, ...]) -> Step:
     """A step as raygpt takes it."""
     model = GPT(config)
     optimizer = build_optimizer(model, OptimConfig())
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
-    lanes = 1 << (workers - 1).bit_length()
-    owners = Segments(0, 1 << 30, 1 << 30, lanes).owners(0, workers)
     stepper = Stepper(
         model,
         ddp,
         optimizer,
-        lanes=lanes,
-        micro=len(windows),
+        lanes=len(owners),
+        micro=max(map(len, mine.values())),
         grad_clip=1.0,
         device=torch.device("cpu"),
         dtype=torch.float32,
         seed=1,
     )
-    mine = {lane: windows for lane in range(lanes) if owners[lane] == dist.get_rank()}
 
     def step(number: int) -> None:
         result = stepper.gradient(StepWindows(number, 0, mine), owners)
@@ -62,17 +71,22 @@ def canonical(config: ModelConfig, windows: np.ndarray, workers: int) -> Callabl
     return step
 
 
-def plain(config: ModelConfig, windows: np.ndarray) -> Callable[[int], None]:
-    """A step as a DDP script takes it; the loss is shared, too, since it is logged."""
+def plain(config: ModelConfig, mine: Lanes, owners: tuple[int, ...]) -> Step:
+    """A step as a DDP script takes it: it accumulates in place, exchanges with the last
+    micro-batch, and shares the loss, since it is logged."""
     model = GPT(config)
     optimizer = build_optimizer(model, OptimConfig())
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
+    weight = dist.get_world_size() / len(owners)  # DDP divides by the number of workers
 
     def step(number: int) -> None:
-        tokens = torch.from_numpy(windows.astype(np.int64))
-        loss = ddp(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-        shared = loss.detach()
+        shared = torch.zeros(())
+        for i, windows in enumerate(mine.values()):
+            tokens = torch.from_numpy(windows.astype(np.int64))
+            ddp.require_backward_grad_sync = i == len(mine) - 1
+            loss = ddp(tokens[:, :-1], tokens[:, 1:])
+            (loss * weight).backward()
+            shared += loss.detach()
         dist.all_reduce(shared)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -82,50 +96,57 @@ def plain(config: ModelConfig, windows: np.ndarray) -> Callable[[int], None]:
     return step
 
 
-def worker(rank: int, workers: int, port: int, steps: int, rounds: int) -> None:
+def measure(sides: list[Step], rounds: int, steps: int) -> list[list[float]]:
+    """Milliseconds a step of each side in each round; sides take turns to begin."""
+    times: list[list[float]] = [[] for _ in sides]
+    for turn in range(rounds):
+        for side in range(len(sides))[:: -1 if turn % 2 else 1]:
+            took = []
+            for number in range(WARM_UP + steps):
+                began = time.perf_counter()
+                sides[side](number)
+                took.append(1000 * (time.perf_counter() - began))
+            times[side].append(statistics.median(took[WARM_UP:]))
+    return times
+
+
+def worker(rank: int, port: int, case: tuple[str, int, int], rounds: int, steps: int) -> None:
     """One of the processes; rank 0 prints."""
+    name, workers, lanes = case
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     set_up(torch.device("cpu"), 1, True)
     dist.init_process_group("gloo", rank=rank, world_size=workers)
-    for name, (config, count) in MODELS.items():
-        shape = (count, config.block_size + 1)
-        windows = np.random.default_rng(rank).integers(0, 256, shape).astype(np.uint16)
-        sides = {"canonical": canonical(config, windows, workers), "plain": plain(config, windows)}
-        times: dict[str, list[float]] = {side: [] for side in sides}
-        for _ in range(rounds):
-            for side, step in sides.items():
-                for number in range(steps + WARM_UP):
-                    began = time.perf_counter()
-                    step(number)
-                    if number >= WARM_UP:
-                        times[side].append(1000 * (time.perf_counter() - began))
-        if rank == 0:
-            ours, theirs = (statistics.median(times[side]) for side in ("canonical", "plain"))
-            print(
-                f"{name}, {workers} workers: canonical {ours:.2f} ms, all-reduce {theirs:.2f} ms, "
-                f"ratio {ours / theirs:.3f}",
-                flush=True,
-            )
+    config, count = MODELS[name]
+    owners = Segments(0, 1 << 30, 1 << 30, lanes).owners(0, workers)
+    random = np.random.default_rng(rank)
+    mine = {
+        lane: random.integers(0, 256, (count, config.block_size + 1)).astype(np.uint16)
+        for lane in range(lanes)
+        if owners[lane] == rank
+    }
+    ours, theirs = measure(
+        [canonical(config, mine, owners), plain(config, mine, owners)], rounds, steps
+    )
+    if rank == 0:
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(
+            f"{name}, {workers} workers, {lanes} lanes: canonical {statistics.median(ours):.2f} "
+            f"ms, all-reduce {statistics.median(theirs):.2f} ms, ratio {middle:.3f} "
+            f"({low:.3f} to {high:.3f})",
+            flush=True,
+        )
     dist.destroy_process_group()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2)
-    arguments = parser.parse_args()
-    print(f"{cpu_kind()}, {os.cpu_count()} cores, torch {torch.__version__}, 1 thread a worker")
+def run(case: tuple[str, int, int], rounds: int, steps: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(
-            target=worker,
-            args=(rank, arguments.workers, port, arguments.steps, arguments.rounds),
-        )
-        for rank in range(arguments.workers)
+        context.Process(target=worker, args=(rank, port, case, rounds, steps))
+        for rank in range(case[1])
     ]
     for process in processes:
         process.start()
@@ -133,6 +154,19 @@ def main() -> None:
         process.join()
     if any(process.exitcode for process in processes):
         raise SystemExit("a worker failed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--short", action="store_true", help="the small model only, few rounds")
+    parser.add_argument("--rounds", type=int, help="default 20, short 6")
+    parser.add_argument("--steps", type=int, default=10, help="of a side in a round")
+    arguments = parser.parse_args()
+    cases = [CASES[0], CASES[2]] if arguments.short else CASES
+    rounds = arguments.rounds or (6 if arguments.short else 20)
+    print(f"{cpu_kind()}, {os.cpu_count()} cores, torch {torch.__version__}, 1 thread a worker")
+    for case in cases:
+        run(case, rounds, arguments.steps)
 
 
 if __name__ == "__main__":

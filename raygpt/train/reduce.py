@@ -11,6 +11,10 @@ travels is what a ring all-reduce moves: (W - 1) / W of the gradient out and bac
 costs some more partial sums.  The exchange starts bucket by bucket in a DDP communication hook,
 during the backward pass of the worker's last lane.
 
+What travels goes from tensor to tensor: slices are sent from the bucket and gathered in place,
+and the buffers for what comes are kept from step to step (about one gradient more of memory),
+since copies and fresh pages were most of what the exchange cost on CPUs.
+
 What it gives up: DDP's own all-reduce, and with it the choice among its algorithms.
 """
 
@@ -72,12 +76,16 @@ class LaneForest:
 
 @dataclass
 class _Exchange:
-    """One bucket on its way: ``received`` fills up while ``work`` runs."""
+    """One bucket on its way: the values of ``parts`` are complete when ``works`` are."""
 
     buffer: Tensor
-    sent: Tensor
-    received: Tensor
-    work: dist.Work
+    slices: list[Tensor]
+    """Of ``buffer``, by owner."""
+    earlier: list[Tensor]
+    """Kept until they are sent."""
+    parts: dict[Node, Tensor]
+    """All workers' partial sums of this worker's slice; its own are added up where they lie."""
+    works: list[dist.Work]
 
 
 @dataclass(frozen=True)
@@ -109,14 +117,22 @@ def reduce_plan(owners: tuple[int, ...], rank: int, world_size: int) -> ReducePl
     return ReducePlan(owners, rank, world_size, forests[rank], parts)
 
 
-def tree_sum(values: dict[Node, Tensor], total: int) -> Tensor:
-    """The sum at the root, added in place, level by level from the given complete cover."""
+def tree_sum(values: dict[Node, Tensor], total: int, into: Node | None = None) -> Tensor:
+    """The sum at the root, added in place, level by level from the given complete cover.
+
+    With ``into`` it ends up in that node's tensor: which of two summands is overwritten makes
+    no difference to their sum.
+    """
     values = dict(values)
     for level in range(total.bit_length() - 1):
         for node in sorted(node for node in values if node[0] == level):
             if node in values:
-                left, right = sorted((node, sibling(node, total)))
-                values[parent(node, total)] = values.pop(left).add_(values.pop(right))
+                target, other = sorted((node, sibling(node, total)))
+                if other == into:
+                    target, other = other, target
+                if target == into:
+                    into = parent(node, total)
+                values[parent(node, total)] = values.pop(target).add_(values.pop(other))
     (root,) = values.values()
     return root
 
@@ -135,6 +151,7 @@ class GradientSum:
         self._plan = reduce_plan((0,), 0, 1)
         self._waiting: dict[Node, Gradients] = {}
         self._exchanges: list[_Exchange] = []
+        self._received: dict[int, Tensor] = {}
         model.register_comm_hook(None, self._hook)
 
     def begin(self, plan: ReducePlan) -> None:
@@ -175,35 +192,30 @@ class GradientSum:
             for node in plan.forest.roots
             if node != plan.forest.nodes[last]
         ]
-        self._start(buffer, earlier)
+        self._exchanges.append(self._start(bucket.index(), buffer, earlier))
         return future
 
-    def _start(self, buffer: Tensor, earlier: list[Tensor]) -> None:
-        """Send each owner its slice of this worker's partial sums.
-
-        A bucket of n elements has W slices of n // W; the few elements after them go to
-        everyone, so that nothing is padded.
-        """
-        plan = self._plan
-        size, tail = divmod(len(buffer), plan.world_size)
+    def _start(self, index: int, buffer: Tensor, earlier: list[Tensor]) -> _Exchange:
+        """Send each owner its slice of this worker's partial sums, and await those of its own."""
+        plan, rank = self._plan, self._plan.rank
         mine = [*earlier, buffer]  # as in plan.forest.roots: the last lane's node comes last
-        if len(mine) == 1 and not tail:
-            sent = buffer.view(plan.world_size, 1, size)
-        else:
-            sent = buffer.new_empty(plan.world_size, len(mine), size + tail)
-            for k, part in enumerate(mine):
-                sent[:, k, :size] = part[: plan.world_size * size].view(plan.world_size, size)
-                sent[:, k, size:] = part[plan.world_size * size :]
-        counts = [len(parts) for parts in plan.parts]
-        received = buffer.new_empty(sum(counts), size + tail)
-        work = dist.all_to_all_single(
-            received,
-            sent.view(plan.world_size * len(mine), size + tail),
-            counts,
-            [len(mine)] * plan.world_size,
-            async_op=True,
-        )
-        self._exchanges.append(_Exchange(buffer, sent, received, work))
+        slices = [slices_of(part, plan.world_size) for part in mine]
+        size = len(slices[-1][rank])
+        coming = [(r, node) for r, nodes in enumerate(plan.parts) if r != rank for node in nodes]
+        received = self._received.get(index)
+        if received is None or received.shape != (len(coming), size):
+            received = self._received[index] = buffer.new_empty(len(coming), size)
+        parts = {node: part[rank] for node, part in zip(plan.parts[rank], slices, strict=True)}
+        parts |= {node: row for (_, node), row in zip(coming, received, strict=True)}
+        messages = [
+            dist.P2POp(dist.irecv, row, owner)
+            for (owner, _), row in zip(coming, received, strict=True)
+        ]
+        for owner in range(plan.world_size):
+            if owner != rank:
+                messages += [dist.P2POp(dist.isend, part[owner], owner) for part in slices]
+        works = dist.batch_isend_irecv(messages)
+        return _Exchange(buffer, slices[-1], earlier, parts, works)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -213,18 +225,42 @@ class GradientSum:
         would reach the ranks in different orders, and deadlock.
         """
         plan = self._plan
-        nodes = [node for parts in plan.parts for node in parts]
-        gathers = []
+        works = []
         for exchange in self._exchanges:
-            exchange.work.wait()
-            total = tree_sum(dict(zip(nodes, exchange.received, strict=True)), len(plan.owners))
-            size = len(exchange.buffer) // plan.world_size
-            whole = plan.world_size * size
-            exchange.buffer[whole:] = total[size:]
-            gathers.append(
-                dist.all_gather_single(exchange.buffer[:whole], total[:size], async_op=True)
+            for work in exchange.works:
+                work.wait()
+            tree_sum(exchange.parts, len(plan.owners), plan.forest.nodes[plan.lanes[-1]])
+            works += gather(
+                exchange.buffer, exchange.slices, plan.rank, not exchange.buffer.is_cuda
             )
-        for gather in gathers:
-            gather.wait()
+        for work in works:
+            work.wait()
         self._exchanges.clear()
         self._waiting.clear()
+
+
+def slices_of(flat: Tensor, world_size: int) -> list[Tensor]:
+    """A slice for each worker: n // W elements, and for the last one the rest, too."""
+    size = len(flat) // world_size
+    return list(flat.split([size] * (world_size - 1) + [len(flat) - (world_size - 1) * size]))
+
+
+def gather(buffer: Tensor, slices: list[Tensor], rank: int, direct: bool) -> list[dist.Work]:
+    """Start to fill every worker's buffer with the slices of their owners.
+
+    Args:
+        direct: from each worker to each, in place; gloo's all-gather copies the whole buffer
+            twice.  NCCL's does not, and takes a shorter way between nodes.
+    """
+    world_size = len(slices)
+    if direct:
+        others = [r for r in range(world_size) if r != rank]
+        messages = [dist.P2POp(dist.irecv, slices[r], r) for r in others]
+        messages += [dist.P2POp(dist.isend, slices[rank], r) for r in others]
+        return dist.batch_isend_irecv(messages)
+    size = len(slices[0])
+    whole = world_size * size
+    works = [dist.all_gather_single(buffer[:whole], slices[rank][:size], async_op=True)]
+    if whole < len(buffer):
+        works.append(dist.broadcast(buffer[whole:], world_size - 1, async_op=True))
+    return works

@@ -1,0 +1,66 @@
+"""The parts of the canonical sum that tests of whole steps do not single out."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import on_workers
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raygpt.train.reduce import GradientSum, Node, gather, reduce_plan, slices_of, tree_sum
+
+
+@given(bits=st.integers(0, 4), data=st.data())
+def test_the_sum_may_end_up_in_any_summand(bits: int, data: st.DataObject) -> None:
+    total = 2**bits
+    values = torch.randn(total, 5, generator=torch.Generator().manual_seed(bits))
+    whole = tree_sum({(0, lane): values[lane].clone() for lane in range(total)}, total)
+    into: Node = (0, data.draw(st.integers(0, total - 1)))
+    nodes: dict[Node, torch.Tensor] = {(0, lane): values[lane].clone() for lane in range(total)}
+    found = tree_sum(nodes, total, into)
+    assert torch.equal(found, whole)
+    assert found is nodes[into]
+
+
+def gathered(length: int, direct: bool) -> list[float]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    buffer = torch.full((length,), -1.0)
+    slices = slices_of(buffer, world_size)
+    slices[rank].fill_(rank)
+    for work in gather(buffer, slices, rank, direct):
+        work.wait()
+    return buffer.tolist()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_everyone_gets_the_slices_of_all(direct: bool) -> None:
+    assert on_workers(3, gathered, 8, direct) == [[0, 0, 1, 1, 2, 2, 2, 2]] * 3
+
+
+def tiny() -> list[Any]:
+    """Gradients of a model of two parameters, twice, with owners that change in between."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    net = nn.Linear(1, 1)
+    ddp = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    gradients = GradientSum(ddp)
+    seen: list[Any] = []
+    for owners in [(0, 1, 2, 0), (2, 0, 1, 2)]:
+        net.zero_grad(set_to_none=True)
+        plan = reduce_plan(owners, rank, world_size)
+        gradients.begin(plan)
+        for lane in plan.lanes:
+            last = lane == plan.lanes[-1]
+            (ddp if last else net)(torch.tensor([[2.0**lane]])).sum().backward()
+            if not last:
+                gradients.add_lane(lane)
+        gradients.finish()
+        seen.append([p.grad.item() for p in net.parameters() if p.grad is not None])
+    return seen
+
+
+def test_more_workers_than_elements_and_owners_that_change() -> None:
+    assert on_workers(3, tiny) == [[[15, 4], [15, 4]]] * 3
