@@ -12,7 +12,6 @@ from typing import Any
 import ray.train
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from raygpt import device as devices
 from raygpt.data.corpus import open_corpus
@@ -27,6 +26,7 @@ from raygpt.train import state
 from raygpt.train.control import STOP, Listener, MakeWay
 from raygpt.train.job import Job
 from raygpt.train.progress import RunLog, StepRecord
+from raygpt.train.reduce import data_parallel
 from raygpt.train.state import Position
 from raygpt.train.step import Stepper, StepResult
 from raygpt.train.validation import Validation
@@ -75,9 +75,7 @@ class Worker:
         self.position = self._restore()
         compiled = torch.compile(self.model) if config.train.compile else self.model
         self.forward: torch.nn.Module = compiled  # type: ignore[assignment]
-        self.ddp = DistributedDataParallel(
-            self.forward, gradient_as_bucket_view=True, forward_sync_buffers=False
-        )
+        self.ddp = data_parallel(self.forward)
         self.stepper = Stepper(
             self.forward,
             self.ddp,
