@@ -16,7 +16,6 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.processes import on_processes
 from raygpt.config import ModelConfig, OptimConfig
@@ -28,6 +27,7 @@ from raygpt.optim import build_optimizer
 from raygpt.storage import Folder
 from raygpt.train import state
 from raygpt.train.progress import RunLog
+from raygpt.train.reduce import data_parallel
 from raygpt.train.saver import Saver
 from raygpt.train.state import Position
 from raygpt.train.step import Stepper
@@ -48,9 +48,7 @@ class Trainer:
         cpu = torch.device("cpu")
         self.model = GPT(config)
         self.optimizer = build_optimizer(self.model, OptimConfig())
-        ddp = DistributedDataParallel(
-            self.model, gradient_as_bucket_view=True, forward_sync_buffers=False
-        )
+        ddp = data_parallel(self.model)
         lanes = 1 << (workers - 1).bit_length()
         self.owners = Segments(0, 1 << 30, 1 << 30, lanes).owners(0, workers)
         self.stepper = Stepper(

@@ -29,6 +29,7 @@ from raygpt.data.stream import StepWindows
 from raygpt.device import cpu_kind, set_up
 from raygpt.model import GPT
 from raygpt.optim import build_optimizer
+from raygpt.train.reduce import data_parallel
 from raygpt.train.step import Stepper
 
 SMALL, LARGE = ModelConfig(3, 4, 128, 64, 320), ModelConfig(6, 6, 384, 256, 320)
@@ -51,7 +52,7 @@ def canonical(config: ModelConfig, mine: Lanes, owners: tuple[int, ...]) -> Step
     """A step as raygpt takes it."""
     model = GPT(config)
     optimizer = build_optimizer(model, OptimConfig())
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
+    ddp = data_parallel(model)
     stepper = Stepper(
         model,
         ddp,

@@ -15,7 +15,6 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from raygpt import device as devices
 from raygpt.data.corpus import open_corpus
@@ -32,6 +31,7 @@ from raygpt.train.accounts import FIRST_STEP, RESTORE, TRAIN, Stopwatch, restart
 from raygpt.train.control import STOP, Listener, MakeWay
 from raygpt.train.job import Job
 from raygpt.train.progress import RunLog, StepRecord
+from raygpt.train.reduce import data_parallel
 from raygpt.train.saver import Saver
 from raygpt.train.state import Position
 from raygpt.train.step import Stepper, StepResult
@@ -82,9 +82,7 @@ class Worker:
         self.position = self._restore()
         compiled = torch.compile(self.model) if config.train.compile else self.model
         self.forward: torch.nn.Module = compiled  # type: ignore[assignment]
-        self.ddp = DistributedDataParallel(
-            self.forward, gradient_as_bucket_view=True, forward_sync_buffers=False
-        )
+        self.ddp = data_parallel(self.forward)
         self.stepper = Stepper(
             self.forward,
             self.ddp,
