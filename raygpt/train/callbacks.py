@@ -18,7 +18,12 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckTimeoutError,
 )
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy import (
+    ResizeDecision,
+)
+from ray.train.v2._internal.execution.scaling_policy import (
+    autoscaling_coordinator_client as claims,
+)
 from ray.train.v2._internal.execution.worker_group import (
     WorkerGroup,
     WorkerGroupContext,
@@ -35,8 +40,21 @@ logger = logging.getLogger("ray.train")
 MAX_STARTS_WITHOUT_A_CHECKPOINT = 5
 CHECKPOINT_SECONDS = 60.0
 """How long workers that are to end have for a last checkpoint."""
+CLAIM_SECONDS = 30
 GRACE_SECONDS = 2.0
 """When one worker has saved its state, how much longer than it the others may take."""
+
+
+class ShortClaims(ControllerCallback):
+    """Lets an elastic run's claim on the cluster's resources end soon after its driver.
+
+    It is renewed while the controller lives; with Ray's 180 s, the successor of a driver that was
+    killed would wait so long for the same machines.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        claims.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = CLAIM_SECONDS
+        claims.AUTOSCALING_REQUESTS_INTERVAL_S = CLAIM_SECONDS // 3
 
 
 class Judge(WorkerGroupCallback):

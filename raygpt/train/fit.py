@@ -27,7 +27,7 @@ from raygpt.data.stream import READER_CPUS, StreamConfig, window_dataset
 from raygpt.storage import Folder, patiently
 from raygpt.train import state
 from raygpt.train.accounts import SCHEDULE
-from raygpt.train.callbacks import Farewell, Judge, Timekeeper, find_user_error
+from raygpt.train.callbacks import Farewell, Judge, ShortClaims, Timekeeper, find_user_error
 from raygpt.train.job import Job
 from raygpt.train.worker import segments_from, train_worker
 
@@ -115,6 +115,7 @@ def _trainer(job: Job, control: Any) -> TorchTrainer:
             storage_path=Folder.from_path(config.run.storage).uri,
             failure_config=ray.train.FailureConfig(max_failures=-1),
             callbacks=[
+                ShortClaims(),  # type: ignore[list-item]
                 Timekeeper(control),  # type: ignore[list-item]
                 Judge(job.run),  # type: ignore[list-item]
                 Farewell(control, job.run),  # type: ignore[list-item]
