@@ -1,5 +1,6 @@
 """Surroundings of every test, and what several of them need."""
 
+import contextlib
 import os
 import subprocess
 import uuid
@@ -15,12 +16,18 @@ os.environ.update(
     # One token for all clusters of a test run. Ray would make one in the home folder, and two
     # test processes that start at once would overwrite each other's.
     RAY_AUTH_MODE="token",
+    # Nobody's, in the place of any others; processes of Ray have the environment of its head.
+    AWS_ACCESS_KEY_ID="key-of-the-raygpt-tests",
+    AWS_SECRET_ACCESS_KEY="secret-of-the-raygpt-tests",
+    AWS_EC2_METADATA_DISABLED="true",
 )
+os.environ.pop("AWS_SESSION_TOKEN", None)
 os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)
 os.environ.pop("RAY_ADDRESS", None)  # never run tests on somebody's cluster
 
 import pytest
 from head import Head
+from troubled import Reference
 
 from raygpt.data.corpus import Corpus, open_corpus
 from raygpt.data.prepare import prepare
@@ -62,13 +69,34 @@ def head() -> Iterator[Head]:
         yield started
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB, mounted for a test; needs root."""
+@pytest.fixture(scope="session")
+def reference(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """A short run without trouble, for those whose storage is in trouble."""
+    return Reference(head, tmp_path_factory.mktemp("reference"))
+
+
+@contextlib.contextmanager
+def _mounted(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of its own, mounted for a while; needs root."""
     if os.geteuid():
         pytest.skip("mounting a small file system needs root")
-    folder = tmp_path / "disk"
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB, too small for anything."""
+    with _mounted(tmp_path / "disk", "64k") as folder:
+        yield folder
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB, enough for a short run."""
+    with _mounted(tmp_path / "disk", "4m") as folder:
+        yield folder

@@ -134,6 +134,11 @@ class Head:
                 time.sleep(0.2)
 
     @property
+    def logs(self) -> Path:
+        """Folder of all that Ray and its workers write down."""
+        return self._folder
+
+    @property
     def environment(self) -> dict[str, str]:
         """Environment of a command that uses this cluster."""
         api = {"RAY_ADDRESS": self.address, "RAY_API_SERVER_ADDRESS": self.dashboard}

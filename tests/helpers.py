@@ -13,7 +13,7 @@ import torch.distributed as dist
 WEIGHTS_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 """The files of a small checkpoint."""
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "raygpt.train.step"])
+_CONTEXT.set_forkserver_preload(["torch", "raygpt.train.step", "raygpt.train.saver"])
 
 
 def _worker(

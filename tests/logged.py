@@ -12,12 +12,12 @@ HALF_LINE = b'{"step": 7, "lo'
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
-    """A step's metrics as a worker writes them."""
+    """A step's line of metrics.jsonl."""
     return {
         "step": step, "tokens": 64 * (step + 1), "loss": 3.5 - step / 100, "lr": 6e-4,
         "grad_norm": 1.25, "step_ms": 12.34, "tokens_per_s": 5186.39, "mfu": None,
         "data_wait_ms": 0.5, "world_size": 2, "epoch": 0, "batch_hash": "00ff",
-        "skipped": 0, "attempt": 0,
+        "skipped": 0, "goodput": 0.9595, "attempt": 0,
         **changes,
     }  # fmt: skip
 
@@ -44,6 +44,11 @@ def log_steps(run: Folder, first: int, stop: int, **changes: Any) -> None:
     for step in range(first, stop):
         log.step(record(step, **changes), board=True)
     log.close()
+
+
+def settle(log: RunLog) -> None:
+    """Return when the log's thread has dealt with all that it was given; it writes as usual."""
+    log._submit(lambda: None).result()
 
 
 def steps(run: Folder) -> list[int]:

@@ -114,6 +114,7 @@ def test_the_last_lines_are_shown_at_the_end(run: Folder, monkeypatch: pytest.Mo
     monkeypatch.setattr(console_module, "POLL_SECONDS", 600.0)
     follower = follow(run, screen)
     log.event("start", 0, "2 workers")
+    log.flush()
     with follower:
         screen.wait(lambda seen: bool(seen.lines))  # the only look before the end
         log.step(record(0), board=False)
@@ -190,6 +191,7 @@ def test_a_run_that_goes_on_does_not_show_earlier_steps(run: Folder) -> None:
         look_once_more(screen, log, 6)
         for step in range(6, 12):
             log.step(record(step, loss=1.5), board=False)
+        log.flush()
     log.close()
     assert screen.lines[:1] == ["start at step 6: 1 workers"]
     assert screen.lines[2:] == step_lines(range(6, 12), loss=1.5)
@@ -210,6 +212,7 @@ def test_a_restart_is_followed(run: Folder) -> None:
         look_once_more(screen, log, 6)
         for step in range(6, 12):
             log.step(record(step, loss=1.5), board=False)
+        log.flush()
     log.close()
     assert screen.lines[0] == "start at step 0: 2 workers"
     assert screen.lines[1:12] == [*step_lines(range(10)), "start at step 6: 1 workers"]

@@ -51,6 +51,7 @@ MAY_CHANGE: dict[str, Any] = {
     "data.segment_steps": 7,
     "data.corpus": "{copy}",
     "run.storage": "{copy}/../elsewhere",
+    "run.storage_patience": 7.0,
     "train.steps": 200,
     "train.log_every": 7,
     "train.eval_every": 7,

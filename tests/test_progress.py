@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from logged import HALF_LINE, file, log_steps, record, row, steps
+from logged import HALF_LINE, file, log_steps, record, row, settle, steps
 from logged import run as run
 
 from raygpt.errors import UserError
@@ -64,6 +64,7 @@ def test_a_killed_process_loses_no_finished_line(run: Folder, tmp_path: Path) ->
     for step in range(3):
         log.event("checkpoint", step, "ckpt")
         log.step(record(step), board=False)
+        settle(log)
         assert steps(run) == list(range(step + 1))
         assert len(read_json_lines(run, EVENTS)) == step + 1
     shutil.copytree(run.path, tmp_path / "killed")
@@ -123,11 +124,13 @@ def test_an_object_store_has_whole_lines_after_each_flush(
     log = RunLog(run, 0)
     log.step(record(0), board=True)
     log.event("checkpoint", 1, "ckpt")
+    settle(log)
     assert steps(run) == [] and read_json_lines(run, EVENTS) == []
     log.flush()
     assert steps(run) == [0] and len(read_json_lines(run, EVENTS)) == 1
     monkeypatch.setattr("raygpt.train.progress.UPLOAD_SECONDS", 0.0)
     log.step(record(1), board=True)
+    settle(log)
     assert steps(run) == [0, 1]
     monkeypatch.setattr("raygpt.train.progress.UPLOAD_SECONDS", math.inf)
     log.step(record(2), board=True)

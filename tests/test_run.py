@@ -213,16 +213,6 @@ def test_a_shard_that_changed_ends_the_run(place: Place, tmp_path: Path) -> None
     assert "Traceback" not in output
 
 
-def test_a_full_disk_ends_the_run(place: Place, small_disk: Path) -> None:
-    """The first checkpoint does not fit; nothing of it counts."""
-    disk = ("--run.storage", str(small_disk))
-    output = place.train("full", *disk, status=2)
-    (error,) = (line for line in output.splitlines() if line.startswith("error: "))
-    assert "No space left on device" in error and str(small_disk) in error
-    assert "Traceback" not in output
-    assert not list((small_disk / "full").glob("checkpoint_*/" + METADATA))
-
-
 def test_a_submitted_job_trains_the_same_model(place: Place, quiet: str) -> None:
     """``ray job submit`` as in the README; its exit status is the job's."""
     submit = ("ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py")

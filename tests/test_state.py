@@ -5,20 +5,17 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers import OPTIMIZER_FILE, WEIGHTS_FILE
+from saved import CONFIG, N_VOCAB, Run, cut, flip_a_bit
+from saved import run as run
 
-from raygpt.config import Config, ModelConfig, OptimConfig, to_dict
 from raygpt.errors import UserError
-from raygpt.model import GPT
-from raygpt.optim import build_optimizer
 from raygpt.storage import Folder
 from raygpt.train.state import (
     METADATA,
-    Checkpoint,
     DamagedCheckpoint,
     Position,
     checkpoint_name,
@@ -27,68 +24,10 @@ from raygpt.train.state import (
     open_checkpoint,
     prune,
     restore,
-    save,
     steps_of,
 )
 
-CONFIG = Config(
-    model=ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=264),
-    batch=replace(Config().batch, tokens=64, lanes=1),
-)
-N_VOCAB = 257
-SETTINGS: dict[str, Any] = {
-    "settings": to_dict(CONFIG),
-    "corpus": {"tokenizer": "bytes", "n_vocab": N_VOCAB},
-}
 FILES = [METADATA, WEIGHTS_FILE, OPTIMIZER_FILE]
-
-
-class Run:
-    """A tiny model in training, and its run folder."""
-
-    def __init__(self, folder: Path, config: ModelConfig = CONFIG.model, seed: int = 1) -> None:
-        self.path, self.folder = folder, Folder.from_path(str(folder))
-        torch.manual_seed(seed)
-        self.model = GPT(config, N_VOCAB)
-        self.optimizer = build_optimizer(self.model, OptimConfig())
-
-    def train(self, steps: int, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(steps):
-            tokens = torch.randint(0, N_VOCAB, (2, 9), generator=generator)
-            self.optimizer.zero_grad()
-            self.model(tokens[:, :-1], tokens[:, 1:]).backward()
-            self.optimizer.step()
-
-    def save(self, step: int, val_loss: float | None = None) -> Checkpoint:
-        position = Position(step=step, tokens=64 * step, skipped=1, val_loss=val_loss)
-        return save(self.folder, position, self.model, self.optimizer, SETTINGS)
-
-    def file(self, step: int, name: str) -> Path:
-        return self.path / checkpoint_name(step) / name
-
-    def weights(self) -> list[bytes]:
-        return [p.detach().numpy().tobytes() for p in self.model.parameters()]
-
-    def latest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The checkpoint that would be used, and what is said about it."""
-        said: list[str] = []
-        return latest(self.folder, said.append), said
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path / "run")
-
-
-def flip_a_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
 
 
 def test_a_restored_run_trains_on_to_the_same_bits(run: Run) -> None:
@@ -231,28 +170,71 @@ def test_saving_again_mends_a_damaged_checkpoint(run: Run) -> None:
     assert found is not None and messages == []
 
 
-def test_an_interrupted_save_is_no_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At whichever write it stops; also where it would replace a damaged checkpoint."""
+def save_interrupted(run: Run, step: int, writes: int, patch: pytest.MonkeyPatch) -> None:
+    """A save that stops after so many of its writes."""
+    write, left = Folder.write_bytes, iter(range(writes))
+
+    def stop(folder: Folder, name: str, data: bytes | memoryview) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        write(folder, name, data)
+
+    with patch.context() as inside, pytest.raises(KeyboardInterrupt):
+        inside.setattr(Folder, "write_bytes", stop)
+        run.save(step)
+
+
+def contents(run: Run, step: int) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.file(step, "").iterdir()}
+
+
+@pytest.mark.parametrize("writes", range(len(FILES)))
+def test_an_interrupted_save_is_no_checkpoint(
+    run: Run, writes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.save(10)
+    save_interrupted(run, 20, writes, monkeypatch)
+    found, messages = run.latest()
+    assert found is not None and found.position.step == 10
+    assert len(messages) == (writes > 0)  # before the first one there is no folder
+    assert all("was never finished" in message for message in messages)
+
+
+@pytest.mark.parametrize("damaged", [None, *FILES[1:]])
+@pytest.mark.parametrize("writes", range(len(FILES)))
+def test_an_interrupted_save_over_a_checkpoint_never_mixes_the_two(
+    run: Run, writes: int, damaged: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other bytes, whole or damaged: there is the old one or the one before, never both."""
     run.save(10)
     run.save(20)
-    flip_a_bit(run.file(20, WEIGHTS_FILE))
-    write = Folder.write_bytes
-    for writes in range(3):
-        left = iter(range(writes))
+    old = contents(run, 20)
+    if damaged:
+        flip_a_bit(run.file(20, damaged))
+    run.train(1)
+    save_interrupted(run, 20, writes, monkeypatch)
+    now = contents(run, 20)
+    written = FILES[1:][:writes]  # metadata comes last
+    assert {name for name in FILES if now[name] != old[name]} == {*written, damaged} - {None}
+    found, messages = run.latest()
+    assert found is not None
+    if writes or damaged:
+        assert found.position.step == 10
+        assert len(messages) == 1 and "is damaged" in messages[0]
+    else:
+        assert found.position.step == 20 and messages == []
 
-        def stop(
-            folder: Folder, name: str, data: bytes | memoryview, left: Any = left
-        ) -> None:  # "left" as of this round
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            write(folder, name, data)
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Folder, "write_bytes", stop)
-            run.save(20)
-        found, messages = run.latest()
-        assert found is not None and found.position.step == 10
-        assert len(messages) == 1 and "was never finished" in messages[0]
+@pytest.mark.parametrize("writes", range(len(FILES)))
+def test_an_interrupted_save_of_the_same_bytes_costs_nothing(
+    run: Run, writes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As survivors write them that rescue one state, the last of them cut off."""
+    saved = run.save(20)
+    save_interrupted(run, 20, writes, monkeypatch)
+    found, messages = run.latest()
+    assert found is not None and found.position.step == 20 and messages == []
+    assert found.weights_sha256 == saved.weights_sha256
 
 
 def test_the_latest_two_and_the_best_are_kept(run: Run) -> None:
@@ -318,7 +300,7 @@ def test_another_models_weights_are_refused(run: Run) -> None:
     checkpoint = run.save(1)
     wide = Run(run.path, replace(CONFIG.model, n_embd=32))
     before = wide.weights()
-    with pytest.raises(UserError, match=r"does not fit the model: .* has shape \(\d+"):
+    with pytest.raises(UserError, match=r"do not fit the model: .* has shape \(\d+"):
         restore(checkpoint, wide.model, wide.optimizer)
     assert wide.weights() == before
     deep = Run(run.path, replace(CONFIG.model, n_layer=3))

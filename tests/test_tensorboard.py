@@ -83,6 +83,7 @@ def test_the_board_has_the_scalars_and_their_steps(run: Folder) -> None:
         "data_wait_ms": dict.fromkeys((0, 2, 3), 0.5),
         "world_size": dict.fromkeys((0, 2, 3), 2),
         "skipped": dict.fromkeys((0, 2, 3), 0),
+        "goodput": dict.fromkeys((0, 2, 3), 0.9595),
     }
     assert shown == {tag: pytest.approx(values, rel=1e-6) for tag, values in expected.items()}
 

@@ -64,12 +64,13 @@ def restart_ms(
     """What the time up to a group's first finished step was spent on, in milliseconds.
 
     Args:
-        marks: phases since the driver began, or since the group before it began to train.
+        marks: the driver's beginning, and phases since; those before the last group began to
+            train may be left out.
         kept: end of the last step that counts, if there is one.
         lost: steps that finished after it, in attempt order.
         now: end of the first step.
     """
-    phases, began = list(marks), marks[0][1]
+    began = marks[0][1]
     lost = list(lost)
     here = [end for _, end in lost if end >= began]
     since = max(began, kept or began)
@@ -78,8 +79,7 @@ def restart_ms(
     for attempt in {number for number, end in lost if end < began}:
         ends = [end for number, end in lost if number == attempt]
         spent[REDONE_BEFORE] = spent.get(REDONE_BEFORE, 0.0) + max(ends) - min(ends)
-    if phases[0][0] == TRAIN:
-        phases[0] = (DETECT, resumed)
+    phases = [(DETECT if phase == TRAIN else phase, start) for phase, start in marks]
     for (phase, start), (_, end) in zip(phases, [*phases[1:], (TRAIN, now)], strict=True):
         spent[phase] = spent.get(phase, 0.0) + max(0.0, end - max(start, resumed))
     return {phase: round(1000 * seconds, 3) for phase, seconds in spent.items() if seconds > 0}

@@ -104,12 +104,12 @@ class Control:
     async def mark(self, phase: str, at: float) -> None:
         """A phase of the run began; see ``accounts.py``."""
         if phase == TRAIN:
-            self._marks.clear()
+            del self._marks[1:]
         if not self._marks or self._marks[-1][0] != phase:
             self._marks.append((phase, at))
 
     async def marks(self) -> list[Mark]:
-        """The phases since the last group began to train, or since the driver did."""
+        """The driver's beginning, and the phases since the last group began to train."""
         return self._marks
 
 

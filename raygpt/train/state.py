@@ -23,7 +23,7 @@ from raygpt.config import Config, from_dict
 from raygpt.errors import UserError
 from raygpt.model import GPT
 from raygpt.storage import Folder, StorageError
-from raygpt.train.parts import FILE_NAME, OPTIMIZER, WEIGHTS, Snapshots, cut_into_parts
+from raygpt.train.parts import OPTIMIZER, WEIGHTS, Snapshots, cut_into_parts, is_whole_set
 
 METADATA = "checkpoint.json"
 FORMAT_VERSION = 1
@@ -146,8 +146,14 @@ def commit(
         "files": dict(sorted(files.items())),
         **metadata,
     }
-    folder.write_bytes(METADATA, json.dumps(content, indent=1).encode())
+    signed = {**content, "sha256": _content_sha256(content)}
+    folder.write_bytes(METADATA, json.dumps(signed, indent=1).encode())
     return Checkpoint(folder, position, content)
+
+
+def _content_sha256(content: dict[str, Any]) -> str:
+    """Of a checkpoint's metadata, as JSON without spaces and with sorted keys."""
+    return _sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -208,20 +214,16 @@ def open_checkpoint(folder: Folder) -> Checkpoint:
                 f"{where} has format {metadata['format']}; this raygpt reads {FORMAT_VERSION}"
             )
         position = Position(**metadata["position"])
-        entries = {name: metadata["files"][name] for name in _checked_names(metadata["files"])}
+        entries: dict[str, FileEntry] = metadata["files"]
+        if not is_whole_set(list(entries)):
+            raise ValueError(f"its files are {', '.join(entries) or 'none'}")
+        if metadata.pop("sha256") != _content_sha256(metadata):
+            raise ValueError("its sha256 does not match")
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{where} is damaged: {type(error).__name__}: {error}") from error
     for name, entry in entries.items():
         _read_file(folder, name, entry)
     return Checkpoint(folder, position, metadata)
-
-
-def _checked_names(files: dict[str, Any]) -> list[str]:
-    """The names of a checkpoint's files; they decide what is read, so only ours will do."""
-    kinds = {match[1] for name in files if (match := FILE_NAME.fullmatch(name))}
-    if kinds != {WEIGHTS, OPTIMIZER} or not all(map(FILE_NAME.fullmatch, files)):
-        raise ValueError(f"its files are {', '.join(files) or 'none'}")
-    return list(files)
 
 
 def _read_file(folder: Folder, name: str, entry: dict[str, Any]) -> bytes:

@@ -1,0 +1,112 @@
+"""Short runs on a cluster whose storage is in trouble, and what must come out of them."""
+
+import subprocess
+import time
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from head import Head
+
+from raygpt.data.prepare import prepare
+from raygpt.storage import Folder
+from raygpt.train import state
+from raygpt.train.progress import EVENTS, LEDGER, METRICS, read_json_lines
+
+STEPS, EVERY = 240, 60
+SETTINGS = f"""
+run: {{storage: STORAGE}}
+data: {{corpus: CORPUS}}
+model: {{n_layer: 2, n_head: 2, n_embd: 32, block_size: 32, vocab_size: 264, dropout: 0.1}}
+batch: {{tokens: 1024, lanes: 4, micro: 4}}
+optim: {{max_lr: 3.0e-3, warmup_steps: 20}}
+train:
+  {{steps: {STEPS}, log_every: 50, eval_every: 100, eval_tokens: 4096, checkpoint_every: {EVERY},
+  sample_prompt: "", precision: fp32}}
+scale: {{workers: 2, gpus_per_worker: 0}}
+"""
+TRAINED = ("step", "tokens", "loss", "lr", "grad_norm", "epoch", "batch_hash", "val_loss")
+Result = tuple[str, list[dict[str, Any]]]
+
+
+class Run:
+    """A run of these settings, somewhere."""
+
+    def __init__(self, head: Head, settings: Path, storage: str, name: str) -> None:
+        self._head, self._settings = head, settings
+        self.storage, self.name = storage, name
+        self.folder = Folder.from_path(storage).child(name)
+
+    def start(self, *more: str, storage: str | None = None) -> "subprocess.Popen[str]":
+        """Submit it, by default as tests see it; ``storage`` is another way to the same place."""
+        place = ("--run.storage", storage or self.storage, "--run.name", self.name)
+        settings = str(self._settings)
+        return self._head.start("python", "jobs/train.py", "--config", settings, *place, *more)
+
+    def rows(self, file: str = METRICS) -> list[dict[str, Any]]:
+        return read_json_lines(self.folder, file)
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.rows(EVENTS) if event["kind"] == kind]
+
+    def has_checkpoint(self, step: int) -> bool:
+        return state.is_finished(self.folder, step)
+
+    def result(self) -> Result:
+        """Hash of the final weights, and what metrics.jsonl says of the training."""
+        found = state.latest(self.folder)
+        assert found is not None and found.position.step == STEPS
+        rows = self.rows()
+        trained = [{key: row[key] for key in TRAINED if key in row} for row in rows]
+        return found.weights_sha256, trained
+
+    def redone(self) -> list[int]:
+        """Steps that were trained more than once."""
+        steps = [entry["step"] for entry in self.rows(LEDGER)]
+        return sorted({step for step in steps if steps.count(step) > 1})
+
+
+class Reference:
+    """The same run without any trouble; on a local disk."""
+
+    def __init__(self, head: Head, folder: Path) -> None:
+        self._head, self.settings = head, folder / "run.yaml"
+        text = (resources.files("raygpt") / "assets" / "tinyshakespeare.txt").read_bytes()[:60_000]
+        (folder / "text.txt").write_bytes(text)
+        corpus = str(folder / "corpus")
+        prepare([str(folder / "text.txt")], corpus, "bytes", val_fraction=0.1, on_ray=False)
+        self.settings.write_text(
+            SETTINGS.replace("STORAGE", str(folder / "storage")).replace("CORPUS", corpus)
+        )
+        run = self.run(str(folder / "storage"), "quiet")
+        finish(run.start())
+        self.result = run.result()
+        assert [row["step"] for row in self.result[1]] == list(range(STEPS))
+
+    def run(self, storage: str, name: str) -> Run:
+        return Run(self._head, self.settings, storage, name)
+
+
+def wait_for(
+    process: "subprocess.Popen[str]", condition: Callable[[], bool], seconds: float = 120
+) -> None:
+    """Until it holds; fails if the process ends before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        if time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.02)
+
+
+def finish(process: "subprocess.Popen[str]", status: int = 0, timeout: float = 180) -> str:
+    """Its output, once it has ended with ``status``."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"still running:\n{process.communicate()[0]}") from None
+    assert process.returncode == status, output
+    return output
