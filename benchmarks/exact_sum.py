@@ -56,7 +56,8 @@ def canonical(config: ModelConfig, windows: np.ndarray, workers: int) -> Callabl
     mine = {lane: windows for lane in range(lanes) if owners[lane] == dist.get_rank()}
 
     def step(number: int) -> None:
-        stepper.step(StepWindows(number, 0, mine), owners, 1e-3)
+        result = stepper.gradient(StepWindows(number, 0, mine), owners)
+        stepper.update(result, 1e-3)
 
     return step
 

@@ -6,16 +6,18 @@ Runs alone on one machine, or on a cluster with ``ray job submit --working-dir .
 """
 
 import sys
+import time
 
 from raygpt.cli import run_job
 from raygpt.settings import load_settings
 
 
 def main() -> None:
+    began = time.time()
     config, dry_run = load_settings(sys.argv[1:], __doc__)
     from raygpt.train.driver import run  # torch and Ray take seconds to import; mistakes need not
 
-    run(config, dry_run)
+    run(config, dry_run, began)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ class RunConfig:
     """Name of the run, and of its folder below run.storage."""
     storage: str = "runs"
     """Folder or URI (s3://, gs://) that holds runs; every node must reach it."""
+    storage_patience: float = 300.0
+    """Seconds for which a storage that refuses is tried again, before the run stops."""
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or "\\" in self.name or self.name.startswith("."):
@@ -49,6 +51,7 @@ class RunConfig:
             )
         if not self.storage:
             raise UserError("run.storage is empty; give a folder or a URI such as s3://bucket/runs")
+        _not_negative("run", storage_patience=self.storage_patience)
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,36 @@ def memory_bytes(device: torch.device) -> int:
     return memory
 
 
+class Copier:
+    """Copies from a device to the CPU beside what it computes; a context manager.
+
+    On a GPU the copies run on a stream of their own, after the work that :meth:`mark` saw, and
+    are done when the context ends; so they do not wait for a collective that hangs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._marked: torch.cuda.Event | None = None
+        self._inside: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+
+    def mark(self) -> None:
+        """What is to be copied is complete, once the device has done what it was given so far."""
+        if self._stream is not None:
+            self._marked = torch.cuda.current_stream(self._stream.device).record_event()
+
+    def __enter__(self) -> None:
+        if self._stream is not None:
+            if self._marked is not None:
+                self._stream.wait_event(self._marked)
+            self._inside = torch.cuda.stream(self._stream)
+            self._inside.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        if self._stream is not None:
+            self._inside.__exit__(None, None, None)
+            self._stream.synchronize()
+
+
 def describe(device: torch.device) -> str:
     """The device in a few words: the GPU's name, or the kind of CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_kind()

@@ -4,6 +4,7 @@ A :class:`Folder` is two strings, so it pickles small and opens nothing until it
 is used.  Local paths become absolute; ``s3://``, ``gs://`` and whatever else
 ``pyarrow.fs.FileSystem.from_uri`` knows are object stores.  What it gives up:
 locks, appends, renames and partial writes, which object stores do not have.
+A storage that refuses raises :class:`StorageError`; :func:`patiently` tries again for a while.
 Names inside a folder are relative, with ``/`` between parts, and cannot leave it.
 """
 
@@ -11,10 +12,12 @@ import contextlib
 import os
 import posixpath
 import re
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -32,6 +35,14 @@ _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")
 Names = list[str]
 Sizes = list[tuple[str, int]]
 Infos = list[pafs.FileInfo]
+
+_Result = TypeVar("_Result")
+LONGEST_PAUSE = 8.0
+"""Seconds between two tries of :func:`patiently`; the first pauses are shorter."""
+
+
+class StorageError(UserError):
+    """A file system or object store refused or failed; trying again may help."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,7 @@ class Folder:
             FileNotFoundError: there is no such file.
             UserError: it cannot be read.
         """
-        with _explained("read", self.child(name)), self.open_input(name) as file:
+        with explained("read", self.child(name)), self.open_input(name) as file:
             return file.read()
 
     def write_bytes(self, name: str, data: bytes | memoryview) -> None:
@@ -136,7 +147,7 @@ class Folder:
             UserError: it cannot be written (permission, space, a file in the way).
         """
         place = self.child(name)
-        with _explained("write", place, passing=()):
+        with explained("write", place, passing=()):
             if not self.root:
                 _write_local(place.path, data)
                 return
@@ -146,13 +157,13 @@ class Folder:
     def open_input(self, name: str) -> pa.NativeFile:
         """A file for random access. Raises as :meth:`read_bytes` does."""
         place = self.child(name)
-        with _explained("read", place):
+        with explained("read", place):
             return place._filesystem().open_input_file(place._full_path())
 
     def open_stream(self, name: str, compression: str | None) -> pa.NativeFile:
         """A file to be read front to back, decompressed. Raises as :meth:`read_bytes` does."""
         place = self.child(name)
-        with _explained("read", place):
+        with explained("read", place):
             return place._filesystem().open_input_stream(
                 place._full_path(), compression=compression, buffer_size=2**20
             )
@@ -164,7 +175,7 @@ class Folder:
             UserError: it cannot be created.
         """
         place = self.child(name)
-        with _explained("write", place, passing=()):
+        with explained("write", place, passing=()):
             filesystem = place._filesystem()
             if filesystem.type_name not in _FLAT_STORES:
                 filesystem.create_dir(posixpath.dirname(place._full_path()), recursive=True)
@@ -173,12 +184,12 @@ class Folder:
     def delete_file(self, name: str) -> None:
         """Delete a file, if it is there. Raises UserError if that is not possible."""
         place = self.child(name)
-        with _explained("delete", place), contextlib.suppress(FileNotFoundError):
+        with explained("delete", place), contextlib.suppress(FileNotFoundError):
             place._filesystem().delete_file(place._full_path())
 
     def delete(self) -> None:
         """Delete the folder and all in it, if it is there; UserError if that is not possible."""
-        with _explained("delete", self), contextlib.suppress(FileNotFoundError):
+        with explained("delete", self), contextlib.suppress(FileNotFoundError):
             self._filesystem().delete_dir(self._full_path())
 
     def check_writable(self) -> None:
@@ -204,12 +215,12 @@ class Folder:
 
     def _info(self, name: str | None) -> pafs.FileInfo:
         place = self if name is None else self.child(name)
-        with _explained("read", place):
+        with explained("read", place):
             return place._filesystem().get_file_info(place._full_path())
 
     def _select(self, recursive: bool) -> Infos:
         selector = pafs.FileSelector(self._full_path(), recursive=recursive, allow_not_found=True)
-        with _explained("list", self):
+        with explained("list", self):
             return self._filesystem().get_file_info(selector)
 
 
@@ -245,16 +256,42 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _explained(
+def explained(
     action: str, place: Folder, passing: tuple[type[OSError], ...] = (FileNotFoundError,)
 ) -> Iterator[None]:
-    """Turn file system errors, except ``passing``, into one line."""
+    """Turn file system errors, except ``passing``, into a :class:`StorageError`."""
     try:
         yield
     except passing:
         raise
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot {action} {place}: {reason_of(error)}") from error
+        raise StorageError(f"cannot {action} {place}: {reason_of(error)}") from error
+
+
+def patiently(
+    action: Callable[[], _Result], seconds: float, say: Callable[[str], None] = lambda _: None
+) -> _Result:
+    """What ``action`` returns, tried again with growing pauses while the storage refuses.
+
+    Args:
+        seconds: how long to go on; 0 tries once.
+        say: told what is wrong, once.
+
+    Raises:
+        StorageError: it still refuses after so many seconds; says how long it was tried.
+    """
+    began, pause = time.monotonic(), 0.25
+    while True:
+        try:
+            return action()
+        except StorageError as error:
+            tried = time.monotonic() - began
+            if tried + pause > seconds:
+                raise StorageError(f"{error} (tried for {tried:.0f} s)") from error
+            if pause == 0.25:
+                say(f"{error}; trying again for up to {seconds:g} s")
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def _write_local(path: str, data: bytes | memoryview) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+WEIGHTS_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
+"""The files of a small checkpoint."""
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "raygpt.train.step"])
 

@@ -57,7 +57,8 @@ def train(corpus: str) -> list[float]:
             f(batch.step) for f in (reader.schedule.tokens_before, reader.schedule.tokens)
         )
         lr = lr_at(seen, tokens, max_lr=1e-3, min_lr=1e-4, warmup_tokens=3000, decay_tokens=25_000)
-        result = stepper.step(batch, (0,) * LANES, lr)
+        result = stepper.gradient(batch, (0,) * LANES)
+        stepper.update(result, lr)
         found += [result.loss, result.grad_norm]
     return found
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 from head import Head
+from helpers import WEIGHTS_FILE
 
 from raygpt.data.prepare import prepare
-from raygpt.train.state import METADATA, MODEL, checkpoint_name
+from raygpt.train.state import METADATA, checkpoint_name
 
 STEPS = 600
 SETTINGS = f"""
@@ -61,7 +62,7 @@ class Runs:
         path = self.storage / name / checkpoint_name(STEPS) / METADATA
         rows = self.lines(name, "metrics.jsonl")
         trained = [{key: row[key] for key in TRAINED if key in row} for row in rows]
-        return json.loads(path.read_text())["files"][MODEL]["sha256"], trained
+        return json.loads(path.read_text())["files"][WEIGHTS_FILE]["sha256"], trained
 
     def wait_for(
         self, process: "subprocess.Popen[str]", condition: Callable[[], bool], seconds: float = 120

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 from head import Head
+from helpers import WEIGHTS_FILE
 
 from raygpt.data.prepare import prepare
 from raygpt.settings import load_settings
 from raygpt.storage import Folder
-from raygpt.train.state import METADATA, MODEL, checkpoint_name, steps_of
+from raygpt.train.state import METADATA, checkpoint_name, steps_of
 
 STEPS = 300
 SETTINGS = f"""
@@ -67,7 +68,7 @@ class Place:
 
     def sha256(self, name: str, step: int = STEPS) -> str:
         path = self.storage / name / checkpoint_name(step) / METADATA
-        sha256: str = json.loads(path.read_text())["files"][MODEL]["sha256"]
+        sha256: str = json.loads(path.read_text())["files"][WEIGHTS_FILE]["sha256"]
         return sha256
 
 
@@ -151,13 +152,13 @@ def test_a_killed_run_goes_on_to_the_same_weights(place: Place, quiet: str) -> N
     kill_at(place, "killed", Random().randrange(STEPS // 2, STEPS * 2 // 3))
     run = place.storage / "killed"
     newest = max(run.glob("checkpoint_*/" + METADATA)).parent
-    data = bytearray((newest / MODEL).read_bytes())
+    data = bytearray((newest / WEIGHTS_FILE).read_bytes())
     data[-1] ^= 1
-    (newest / MODEL).write_bytes(data)
+    (newest / WEIGHTS_FILE).write_bytes(data)
 
     output = place.train("killed")
     (warning,) = (line for line in output.splitlines() if line.startswith("warning: "))
-    assert str(newest / MODEL) in warning and "sha256" in warning
+    assert str(newest / WEIGHTS_FILE) in warning and "sha256" in warning
     assert place.trained("killed") == place.trained("quiet")
     assert place.sha256("killed") == place.sha256("quiet")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import OPTIMIZER_FILE, WEIGHTS_FILE
 
 from raygpt.config import Config, ModelConfig, OptimConfig, to_dict
 from raygpt.errors import UserError
@@ -17,8 +18,6 @@ from raygpt.optim import build_optimizer
 from raygpt.storage import Folder
 from raygpt.train.state import (
     METADATA,
-    MODEL,
-    OPTIMIZER,
     Checkpoint,
     DamagedCheckpoint,
     Position,
@@ -41,7 +40,7 @@ SETTINGS: dict[str, Any] = {
     "settings": to_dict(CONFIG),
     "corpus": {"tokenizer": "bytes", "n_vocab": N_VOCAB},
 }
-FILES = [METADATA, MODEL, OPTIMIZER]
+FILES = [METADATA, WEIGHTS_FILE, OPTIMIZER_FILE]
 
 
 class Run:
@@ -155,13 +154,13 @@ def test_no_code_is_loaded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("damage", "name", "said"),
     [
-        (flip_a_bit, MODEL, "its sha256 does not match"),
-        (flip_a_bit, OPTIMIZER, "its sha256 does not match"),
-        (cut, MODEL, "bytes instead of"),
-        (cut, OPTIMIZER, "bytes instead of"),
+        (flip_a_bit, WEIGHTS_FILE, "its sha256 does not match"),
+        (flip_a_bit, OPTIMIZER_FILE, "its sha256 does not match"),
+        (cut, WEIGHTS_FILE, "bytes instead of"),
+        (cut, OPTIMIZER_FILE, "bytes instead of"),
         (cut, METADATA, "is damaged"),
-        (Path.unlink, MODEL, "is missing"),
-        (Path.unlink, OPTIMIZER, "is missing"),
+        (Path.unlink, WEIGHTS_FILE, "is missing"),
+        (Path.unlink, OPTIMIZER_FILE, "is missing"),
         (Path.unlink, METADATA, "was never finished"),
         (lambda path: path.write_bytes(b""), METADATA, "is damaged"),
         (lambda path: path.write_bytes(b"[]"), METADATA, "is damaged"),
@@ -190,7 +189,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
 
 def test_damage_after_verification_is_noticed(run: Run) -> None:
     checkpoint = run.save(1)
-    flip_a_bit(run.file(1, MODEL))
+    flip_a_bit(run.file(1, WEIGHTS_FILE))
     with pytest.raises(DamagedCheckpoint, match="sha256"):
         restore(checkpoint, run.model, run.optimizer)
 
@@ -198,7 +197,7 @@ def test_damage_after_verification_is_noticed(run: Run) -> None:
 def test_a_run_without_a_whole_checkpoint_is_not_started_anew(run: Run) -> None:
     for step in (10, 20):
         run.save(step)
-        flip_a_bit(run.file(step, MODEL))
+        flip_a_bit(run.file(step, WEIGHTS_FILE))
     with pytest.raises(UserError, match=r"every checkpoint of .* is damaged .*00010.*00020"):
         run.latest()
     with pytest.raises(UserError, match="no checkpoint in"):
@@ -225,7 +224,7 @@ def test_a_format_from_the_future_is_refused(run: Run) -> None:
 
 def test_saving_again_mends_a_damaged_checkpoint(run: Run) -> None:
     run.save(10)
-    flip_a_bit(run.file(10, MODEL))
+    flip_a_bit(run.file(10, WEIGHTS_FILE))
     cut(run.file(10, METADATA))
     run.save(10)
     found, messages = run.latest()
@@ -236,7 +235,7 @@ def test_an_interrupted_save_is_no_checkpoint(run: Run, monkeypatch: pytest.Monk
     """At whichever write it stops; also where it would replace a damaged checkpoint."""
     run.save(10)
     run.save(20)
-    flip_a_bit(run.file(20, MODEL))
+    flip_a_bit(run.file(20, WEIGHTS_FILE))
     write = Folder.write_bytes
     for writes in range(3):
         left = iter(range(writes))
@@ -292,7 +291,7 @@ def test_pruning_never_takes_the_checkpoint_just_written(run: Run) -> None:
     """Damaged ones around it do not count for more than it does."""
     for step in (10, 20, 40):
         run.save(step, val_loss=1.0)
-        flip_a_bit(run.file(step, MODEL))
+        flip_a_bit(run.file(step, WEIGHTS_FILE))
     prune(run.folder, run.save(30, val_loss=9.0))
     found, _ = run.latest()
     assert found is not None and found.position.step == 30
@@ -311,7 +310,7 @@ def test_metadata_goes_first(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         prune(run.folder, newest)
     assert not run.file(10, METADATA).exists()
-    assert run.file(10, MODEL).exists()
+    assert run.file(10, WEIGHTS_FILE).exists()
 
 
 def test_another_models_weights_are_refused(run: Run) -> None:
@@ -347,7 +346,7 @@ def test_load_model_takes_a_checkpoint_or_a_run(run: Run) -> None:
 
     assert loaded(run.path) == 20  # the best
     assert loaded(run.path / checkpoint_name(30)) == 30
-    flip_a_bit(run.file(20, MODEL))
+    flip_a_bit(run.file(20, WEIGHTS_FILE))
     said: list[str] = []
     assert load_model(str(run.path), said.append).step == 10
     assert len(said) == 1 and checkpoint_name(20) in said[0]

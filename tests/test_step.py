@@ -63,7 +63,8 @@ def train(poisoned_step: int = -1) -> list[Any]:
             with torch.no_grad():  # an inf in the forward pass of one worker only
                 keep = model.transformer.ln_f.weight.clone()
                 model.transformer.ln_f.weight.fill_(float("inf"))
-        result = stepper.step(StepWindows(step, segment, lanes), owners, LR)
+        result = stepper.gradient(StepWindows(step, segment, lanes), owners)
+        stepper.update(result, LR)
         if step == poisoned_step and rank == 0:
             with torch.no_grad():
                 model.transformer.ln_f.weight.copy_(keep)

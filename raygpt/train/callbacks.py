@@ -24,11 +24,14 @@ from ray.train.v2._internal.execution.worker_group import (
 from raygpt.errors import UserError
 from raygpt.storage import Folder
 from raygpt.train import state
+from raygpt.train.accounts import SCHEDULE, START
 
 logger = logging.getLogger("ray.train")
 MAX_STARTS_WITHOUT_A_CHECKPOINT = 5
 CHECKPOINT_SECONDS = 60.0
 """How long workers that are to end have for a last checkpoint."""
+GRACE_SECONDS = 2.0
+"""When one worker has saved its state, how much longer than it the others may take."""
 
 
 class Judge(WorkerGroupCallback):
@@ -76,11 +79,40 @@ def find_user_error(error: BaseException | None) -> UserError | None:
     return None
 
 
+class Timekeeper(ControllerCallback, WorkerGroupCallback):
+    """Tells the control actor in which phase the run is; see ``accounts.py``."""
+
+    def __init__(self, control: ActorHandle) -> None:
+        self._control = control
+        self._training = False
+
+    def before_worker_group_start(self, worker_group_context: WorkerGroupContext) -> None:
+        self._mark(START)
+
+    def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
+        self._training = True
+
+    def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
+        if worker_group_status.errors:
+            self._end_of_training()
+
+    def before_controller_execute_resize_decision(self, resize_decision: ResizeDecision) -> None:
+        self._end_of_training()
+
+    def _end_of_training(self) -> None:
+        if self._training:
+            self._training = False
+            self._mark(SCHEDULE)
+
+    def _mark(self, phase: str) -> None:
+        self._control.mark.remote(phase, time.time())
+
+
 class Farewell(ControllerCallback, WorkerGroupCallback):
     """Gives workers the time to save their state before Ray Train ends them; in its controller.
 
-    Before a resize they are asked for a checkpoint.  After a failure the survivors write one of
-    their own accord, and are waited for.
+    Before a resize they are asked for a checkpoint.  After a failure the survivors save what they
+    have, and are waited for.
     """
 
     def __init__(self, control: ActorHandle, run: Folder) -> None:
@@ -95,7 +127,7 @@ class Farewell(ControllerCallback, WorkerGroupCallback):
         if not self._resizing:
             return  # there is no group to ask
         newest = max(state.steps_of(self._run), default=0)
-        ray.get(self._control.make_way.remote(), timeout=CHECKPOINT_SECONDS)
+        ray.get(self._control.request.remote("make_way"), timeout=CHECKPOINT_SECONDS)
         with contextlib.suppress(TimeoutError):
             state.wait_for_newer(self._run, newest, CHECKPOINT_SECONDS)
 
@@ -107,13 +139,30 @@ class Farewell(ControllerCallback, WorkerGroupCallback):
         # Here, before Ray takes the process group away from a survivor that still computes.
         group, self._group = self._group, None
         if group is not None:
-            self._wait(group)
+            try:
+                self._wait(group)
+            except Exception:  # the group ends in any case
+                logger.exception("cannot wait for the workers")
         yield
 
     def _wait(self, group: WorkerGroup) -> None:
+        """Until each worker that still runs has ended, or has said that it saved what it had."""
         deadline = time.monotonic() + CHECKPOINT_SECONDS
-        try:
-            while not group.poll_status(timeout=1.0).finished and time.monotonic() < deadline:
-                time.sleep(0.05)
-        except Exception:  # the group ends in any case
-            logger.exception("cannot wait for the workers")
+        asked: float | None = None
+        first_rescued = False
+        while time.monotonic() < deadline:
+            status = group.poll_status(timeout=1.0)
+            running = [s for s in status.worker_statuses.values() if s.running and s.error is None]
+            if status.finished or not running:
+                return
+            if status.errors and asked is None:
+                ray.get(self._control.request.remote("rescue"), timeout=CHECKPOINT_SECONDS)
+                asked = time.monotonic()
+            rescued: Any = ray.get(self._control.count_rescued.remote()) if asked else 0
+            if rescued >= len(running):
+                return
+            if rescued and asked and not first_rescued:
+                # Who is out of reach will never answer; the others take about as long.
+                first_rescued, took = True, time.monotonic() - asked
+                deadline = min(deadline, time.monotonic() + took + GRACE_SECONDS)
+            time.sleep(0.05)

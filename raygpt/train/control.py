@@ -1,21 +1,29 @@
-"""Requests to the workers: make way for a resize or a drained node, or stop for good.
+"""Requests to the workers: make way for a resize or a drained node, stop for good, or save what
+they have.
 
 The driver (Ctrl-C, SIGTERM) and the controller (a resize) put a request to :class:`Control`, an
 actor; each worker's :class:`Listener` hears of it, and of nodes that Ray will drain.  What a
 listener heard is a vote that rides on the next step's exchange, so all workers take the same
-decision after the same step: write a checkpoint, then leave together.
+decision after the same step: write a checkpoint, then leave together.  Only to save what it has
+a worker needs no other: when a peer is out of reach, its training thread may hang in a
+collective, so the listener saves the state.
 
-What it gives up: hearing of a request while a step is being computed.
+What it gives up: leaving in the middle of a step.
 """
 
 import asyncio
-import contextlib
 import threading
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import ray
 from ray.actor import ActorHandle
 from ray.train.v2._internal.execution.context import get_train_context
+
+from raygpt.errors import UserError
+from raygpt.storage import Folder
+from raygpt.train.accounts import CONNECT, TRAIN, Mark
 
 MAKE_WAY, STOP = 0, 1
 """Positions of the votes."""
@@ -25,65 +33,147 @@ class MakeWay(Exception):
     """Ends this group of workers after a checkpoint; another one goes on."""
 
 
+OTHER_DRIVER_SECONDS = 20.0
+"""How long a driver waits for another one of the same run to be gone."""
+
+
+class Requests(NamedTuple):
+    """How often each request was made since the driver began."""
+
+    make_way: int = 0
+    stop: int = 0
+    rescue: int = 0
+
+
 class Control:
-    """Holds the requests of a driver; an asynchronous actor."""
+    """Holds the requests of a driver, what workers say to it, and the phases of the run; an
+    asynchronous actor.
 
-    def __init__(self) -> None:
+    Args:
+        began: unix time at which the driver began.
+    """
+
+    def __init__(self, began: float) -> None:
         self._changed = asyncio.Condition()
-        self._ways_made = 0
-        self._stopping = False
+        self._requests = Requests()
+        self._rescued = 0
+        self._said: list[str] = []
+        self._marks: list[Mark] = [(CONNECT, began)]
 
-    async def make_way(self) -> None:
-        """Ask the group of workers that listens now to leave."""
+    async def request(self, kind: str) -> None:
+        """Ask the workers: ``make_way``, ``stop`` or ``rescue``.
+
+        Only the group that listens now is asked, and with ``stop`` every later one, too.
+        """
         async with self._changed:
-            self._ways_made += 1
+            before = getattr(self._requests, kind)
+            self._requests = self._requests._replace(**{kind: before + 1})
+            self._rescued = 0
             self._changed.notify_all()
 
-    async def stop(self) -> None:
-        """Ask this and every later group of workers to leave."""
+    async def requests(self) -> Requests:
+        """What was asked for so far."""
+        return self._requests
+
+    async def wait(self, known: Requests) -> Requests:
+        """Return when more was asked for than is known."""
         async with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
+            await self._changed.wait_for(lambda: self._requests != known)
+            return self._requests
 
-    async def ways_made(self) -> int:
-        """How many groups were asked to make way."""
-        return self._ways_made
+    async def rescued(self) -> None:
+        """A worker has saved what it had."""
+        self._rescued += 1
 
-    async def wait(self, ways_made: int) -> tuple[bool, bool]:
-        """Wait for a request to a group that began after ``ways_made``: (make way, stop)."""
+    async def count_rescued(self) -> int:
+        """How many workers saved what they had since the last request."""
+        return self._rescued
+
+    async def say(self, text: str) -> None:
+        """Tell the person at the driver something, once."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._stopping or self._ways_made > ways_made)
-            return self._ways_made > ways_made, self._stopping
+            if text not in self._said:
+                self._said.append(text)
+                self._changed.notify_all()
+
+    async def said(self, known: int) -> list[str]:
+        """Return when more was said than so many texts: the new ones."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._said) > known)
+            return self._said[known:]
+
+    async def mark(self, phase: str, at: float) -> None:
+        """A phase of the run began; see ``accounts.py``."""
+        if phase == TRAIN:
+            self._marks.clear()
+        if not self._marks or self._marks[-1][0] != phase:
+            self._marks.append((phase, at))
+
+    async def marks(self) -> list[Mark]:
+        """The phases since the last group began to train, or since the driver did."""
+        return self._marks
 
 
-def start_control() -> ActorHandle:
-    """The control actor of this driver, on its node; it ends with the driver."""
+def start_control(run: Folder, began: float) -> ActorHandle:
+    """The control actor of this driver, on its node; it ends with the driver.
+
+    Raises:
+        UserError: the run has another driver on this cluster, and it does not end soon.
+    """
     node = ray.get_runtime_context().get_node_id()
-    actor: Any = ray.remote(Control)
-    here = {"ray.io/node-id": node}
-    return actor.options(num_cpus=0, max_concurrency=1000, label_selector=here).remote()
+    actor: Any = ray.remote(Control).options(
+        name=f"control of {run}",
+        namespace="raygpt",
+        num_cpus=0,
+        max_concurrency=1000,
+        label_selector={"ray.io/node-id": node},
+    )
+    deadline = time.monotonic() + OTHER_DRIVER_SECONDS
+    while True:
+        try:
+            return actor.remote(began)
+        except ValueError as error:  # the name is taken, for a while also by one that was killed
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{run} is being trained by another job of this cluster; wait for it, stop "
+                    "it, or give another --run.name"
+                ) from error
+        time.sleep(0.5)
 
 
 class Listener:
     """Hears requests in the background of one worker."""
 
     def __init__(self, control: ActorHandle) -> None:
-        self._heard = [False, False]
+        self.control = control
+        self._make_way, self._stop = False, False
         self._train_context = get_train_context()
-        self._control = control
+        self.rescue: Callable[[], None] = lambda: None
+        """Saves what this worker has; called in the background when its group cannot go on."""
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
 
     def _listen(self) -> None:
-        # When the driver is gone, so are the workers soon; nobody is left to be asked for.
-        with contextlib.suppress(ray.exceptions.RayError):
-            ways_made: Any = ray.get(self._control.ways_made.remote())
-            while not self._heard[STOP]:
-                self._heard[:] = ray.get(self._control.wait.remote(ways_made))
-                if self._heard[MAKE_WAY]:
+        try:
+            first: Any = ray.get(self.control.requests.remote())
+            heard = first
+            while True:
+                self._stop = heard.stop > 0
+                heard = ray.get(self.control.wait.remote(heard))
+                self._make_way = heard.make_way > first.make_way
+                if heard.rescue > first.rescue:
+                    self.rescue()
+                    self.control.rescued.remote()
                     return
+        except ray.exceptions.RayError:
+            # The driver is gone or out of reach, and Ray will end its workers soon.
+            self._stop = True
+
+    def say(self, text: str) -> None:
+        """Tell the person at the driver something."""
+        self.control.say.remote(text)
 
     def votes(self) -> list[int]:
         """What this worker asks for: (make way, stop), each 0 or 1."""
         # Ray sets it in this process, for the workers of a node that will be drained and others.
         drained = self._train_context.preemption_context.preemption_info is not None
-        return [int(self._heard[MAKE_WAY] or drained), int(self._heard[STOP])]
+        return [int(self._make_way or drained), int(self._stop)]

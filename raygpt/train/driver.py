@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 
@@ -11,9 +12,11 @@ from raygpt.config import Config
 from raygpt.data.tokenizer import load_tokenizer
 from raygpt.errors import UserError
 from raygpt.generate import sample_text
-from raygpt.storage import Folder
+from raygpt.storage import Folder, patiently
 from raygpt.train import cluster, state
+from raygpt.train.accounts import Accounts
 from raygpt.train.console import Follower, say, table
+from raygpt.train.control import start_control
 from raygpt.train.fit import fit
 from raygpt.train.job import (
     Job,
@@ -29,14 +32,17 @@ CONFIG = "config.json"
 SAMPLES = "samples.txt"
 
 
-def run(config: Config, dry_run: bool = False) -> None:
+def run(config: Config, dry_run: bool = False, began: float | None = None) -> None:
     """Train a run to its end, from where it stands; the whole of ``jobs/train.py``.
+
+    Args:
+        began: unix time at which the job began; by default now.
 
     Raises:
         UserError: a setting, the corpus, the storage, the cluster or an earlier part of the run
             is not as it must be; nothing was trained or written over.
     """
-    console = Console()
+    console, began = Console(), began or time.time()
     config = with_absolute_storage(config)
     if not dry_run:
         Folder.from_path(config.run.storage).check_writable()
@@ -55,18 +61,17 @@ def run(config: Config, dry_run: bool = False) -> None:
         say(console, "connecting to Ray ...")
         cluster.connect()
         job = replace(job, config=replace(job.config, scale=cluster.fit_scale(job.config.scale)))
+        control = start_control(job.run, began)
         job.run.write_bytes(CONFIG, json.dumps(job.settings(), indent=1).encode())
-        began = time.monotonic()
         with Follower(job.run, console, step, config.train.steps, config.train.log_every):
-            stopped_by = fit(job)
-        seconds = time.monotonic() - began
+            stopped_by = fit(job, control, lambda text: say(console, f"warning: {text}"))
         if stopped_by is not None:
+            _say_accounts(job, console, began)
             say(console, f"stopped; submit the run again, and it goes on: {job.run}")
             sys.exit(128 + stopped_by)
     else:
         say(console, f"{job.run} is finished: all {step:,} steps are done")
-        seconds = 0.0
-    _conclude(job, console, step, seconds)
+    _conclude(job, console, began)
 
 
 def _find_checkpoint(job: Job, console: Console) -> state.Checkpoint | None:
@@ -77,15 +82,34 @@ def _find_checkpoint(job: Job, console: Console) -> state.Checkpoint | None:
     return checkpoint
 
 
-def _conclude(job: Job, console: Console, first_step: int, seconds: float) -> None:
-    """The table at a run's end, and a sample."""
-    checkpoint = state.latest(job.run)
+def _say_accounts(job: Job, console: Console, began: float) -> None:
+    """What this job's wall time went into."""
+    rows = [row for row in _metrics(job) if row.get("time", 0.0) >= began]
+    accounts = Accounts(rows)
+    accounts.close(time.time() - began)
+    total = sum(accounts.seconds.values())
+    shown = {
+        kind: f"{seconds:8.1f} s {seconds / total:6.1%}"
+        for kind, seconds in accounts.seconds.items()
+    }
+    console.print(table("Where the time went", {**shown, "all": f"{total:8.1f} s"}))
+
+
+def _metrics(job: Job) -> list[dict[str, Any]]:
+    patience = job.config.run.storage_patience
+    return patiently(lambda: read_json_lines(job.run, METRICS), patience)
+
+
+def _conclude(job: Job, console: Console, began: float) -> None:
+    """The tables at a run's end, and a sample."""
+    checkpoint = patiently(lambda: state.latest(job.run), job.config.run.storage_patience)
     if checkpoint is None:
         raise UserError(f"{job.run} has no finished checkpoint after training")
     position = checkpoint.position
-    rows = read_json_lines(job.run, METRICS)
-    trained = position.tokens - job.schedule.tokens_before(first_step)
-    in_steps = sum(row["step_ms"] for row in rows if row["step"] >= first_step) / 1000
+    rows = _metrics(job)
+    in_steps = sum(row["step_ms"] for row in rows) / 1000
+    accounts = Accounts(rows)
+    seconds = sum(accounts.seconds.values())
     result = {
         "steps": f"{position.step:,}, {position.skipped} skipped",
         "tokens": f"{position.tokens:,}",
@@ -93,18 +117,19 @@ def _conclude(job: Job, console: Console, first_step: int, seconds: float) -> No
         "validation loss": _loss(position.val_loss),
         "best validation loss": _loss(position.best_val_loss),
         "time": f"{seconds:.1f} s, {in_steps:.1f} s of it in steps",
-        "tokens a second": f"{trained / in_steps:,.0f} in steps, {trained / seconds:,.0f} overall"
-        if trained
-        else "-",
+        "tokens a second": f"{position.tokens / in_steps:,.0f} in steps, "
+        f"{position.tokens / seconds:,.0f} overall",
+        "goodput": f"{accounts.goodput:.1%} of the time in steps that count",
         "weights sha256": checkpoint.weights_sha256,
         "run": str(job.run),
         "checkpoint": checkpoint.folder.split()[1],
         "metrics": METRICS,
         "TensorBoard": f"tensorboard --logdir {job.run.child(TENSORBOARD)}",
     }
+    text = _sample(job, checkpoint) if job.config.train.sample_prompt else ""
     console.print(table("Result", result))
-    if job.config.train.sample_prompt:
-        text = _sample(job, checkpoint)
+    _say_accounts(job, console, began)
+    if text:
         say(console, f"Sample at step {position.step}:")
         say(console, text)
 

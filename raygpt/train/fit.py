@@ -7,9 +7,11 @@ resize, and that Ctrl-C and SIGTERM end in a checkpoint, too.
 
 import os
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -22,10 +24,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raygpt import device as devices
 from raygpt.data.stream import READER_CPUS, StreamConfig, window_dataset
-from raygpt.storage import Folder
+from raygpt.storage import Folder, patiently
 from raygpt.train import state
-from raygpt.train.callbacks import Farewell, Judge, find_user_error
-from raygpt.train.control import start_control
+from raygpt.train.accounts import SCHEDULE
+from raygpt.train.callbacks import Farewell, Judge, Timekeeper, find_user_error
 from raygpt.train.job import Job
 from raygpt.train.worker import segments_from, train_worker
 
@@ -39,19 +41,25 @@ _RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # (2) how soon a lost worker is noticed
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # (5) how soon a drained node is
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # (60) waiting for a node that is gone
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20",  # (600) a worker out of reach is given up
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # (30) for workers that hang
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # (0) the dashboard's page of runs
 }
 
 
 def _window_dataset(job: Job) -> Dataset:
     """The stream from the latest checkpoint on; runs whenever a group of workers starts."""
-    checkpoint = state.latest(job.run)
+    checkpoint = patiently(lambda: state.latest(job.run), job.config.run.storage_patience)
     start = checkpoint.position.step if checkpoint else 0
     return window_dataset(job.plan, segments_from(job, start), job.token_bytes)
 
 
-def fit(job: Job) -> int | None:
+def fit(job: Job, control: Any, tell: Callable[[str], None]) -> int | None:
     """Run the workers; returns the signal that stopped them before the end, if one did.
+
+    Args:
+        control: the driver's Control actor.
+        tell: shows a text to the person who waits.
 
     Raises:
         UserError: a worker met one.
@@ -61,7 +69,8 @@ def fit(job: Job) -> int | None:
         os.environ.setdefault(name, value)
     # Ray Train would insist that all checkpoints of its own list are still there.
     job.run.delete_file(_RAY_SNAPSHOT)
-    control = start_control()
+    control.mark.remote(SCHEDULE, time.time())
+    threading.Thread(target=_hear, args=(control, tell), name="hear", daemon=True).start()
     trainer = _trainer(job, control)
     stopped_by = None
     with _signals() as signals, ThreadPoolExecutor(1, "fit") as executor:
@@ -72,7 +81,7 @@ def fit(job: Job) -> int | None:
             if stopped_by is not None:
                 os._exit(128 + number)  # the second one: nothing is waited for
             stopped_by = number
-            ray.get(control.stop.remote())
+            ray.get(control.request.remote("stop"))
         error = done.exception()
     if isinstance(error, ray.train.TrainingFailedError):
         raise find_user_error(error) or error from None
@@ -106,11 +115,22 @@ def _trainer(job: Job, control: Any) -> TorchTrainer:
             storage_path=Folder.from_path(config.run.storage).uri,
             failure_config=ray.train.FailureConfig(max_failures=-1),
             callbacks=[
+                Timekeeper(control),  # type: ignore[list-item]
                 Judge(job.run),  # type: ignore[list-item]
                 Farewell(control, job.run),  # type: ignore[list-item]
             ],
         ),
     )
+
+
+def _hear(control: Any, tell: Callable[[str], None]) -> None:
+    """Pass on what workers say, as long as the control actor lives."""
+    heard = 0
+    with suppress(ray.exceptions.RayError):
+        while True:
+            for text in ray.get(control.said.remote(heard)):
+                heard += 1
+                tell(text)
 
 
 @contextmanager

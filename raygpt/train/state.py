@@ -1,10 +1,9 @@
 """Checkpoints: everything a run needs to go on, without code in it, whole or absent.
 
-``<run>/checkpoint_<step>/`` holds ``model.safetensors``, ``optimizer.safetensors`` and
-``checkpoint.json``, which is written last and deleted first: it names the others with their
-sizes and sha256.  A checkpoint of step k is the state before step k: k steps are done.
-
-What it gives up: writing in the background and in shares.
+``<run>/checkpoint_<step>/`` holds ``model.safetensors``, ``optimizer.safetensors`` (several of
+each where they are large, see ``parts.py``) and ``checkpoint.json``, which is written last and
+deleted first: it names the others with their sizes and sha256.  A checkpoint of step k is the
+state before step k: k steps are done.
 """
 
 import hashlib
@@ -23,13 +22,17 @@ from raygpt import __version__
 from raygpt.config import Config, from_dict
 from raygpt.errors import UserError
 from raygpt.model import GPT
-from raygpt.storage import Folder
+from raygpt.storage import Folder, StorageError
+from raygpt.train.parts import FILE_NAME, OPTIMIZER, WEIGHTS, Snapshots, cut_into_parts
 
 METADATA = "checkpoint.json"
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 FORMAT_VERSION = 1
 PREFIX = "checkpoint_"
 KEEP_LATEST = 2
+
+
+FileEntry = dict[str, Any]
+"""``size`` in bytes and ``sha256`` of a file."""
 
 
 class DamagedCheckpoint(UserError):
@@ -62,28 +65,34 @@ class Checkpoint:
 
     @property
     def weights_sha256(self) -> str:
-        return self.metadata["files"][MODEL]["sha256"]
+        """The same for the same weights: the sha256 of their file; of several files, the sha256
+        of their digests in order."""
+        digests = [bytes.fromhex(e["sha256"]) for _, e in self._files(WEIGHTS)]
+        return digests[0].hex() if len(digests) == 1 else _sha256(b"".join(digests))
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of :data:`MODEL` or :data:`OPTIMIZER`, on the CPU.
+    def tensors(self, kind: str) -> dict[str, Tensor]:
+        """All tensors of kind :data:`WEIGHTS` or :data:`OPTIMIZER`, on the CPU.
 
         Raises:
-            DamagedCheckpoint: the file has changed since it was verified.
+            DamagedCheckpoint: a file has changed since it was verified.
         """
-        data = _read_file(self.folder, name, self.metadata["files"][name])
-        try:
-            return safetensors.torch.load(data)
-        except safetensors.SafetensorError as error:
-            raise DamagedCheckpoint(f"{self.folder.child(name)} is damaged: {error}") from error
+        tensors: dict[str, Tensor] = {}
+        for name, entry in self._files(kind):
+            data = _read_file(self.folder, name, entry)
+            try:
+                tensors |= safetensors.torch.load(data)
+            except safetensors.SafetensorError as error:
+                raise DamagedCheckpoint(f"{self.folder.child(name)} is damaged: {error}") from error
+        return tensors
+
+    def _files(self, kind: str) -> list[tuple[str, FileEntry]]:
+        """Files of a kind in order: names with their sizes and hashes."""
+        files: dict[str, FileEntry] = self.metadata["files"]
+        return sorted((n, e) for n, e in files.items() if n.startswith(kind))
 
 
 def checkpoint_name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
-
-
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Each parameter once, tied ones under their first name."""
-    return dict(model.named_parameters())
 
 
 def save(
@@ -92,44 +101,51 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     metadata: dict[str, Any],
-    *,
-    with_others: bool = False,
 ) -> Checkpoint:
-    """Write ``checkpoint_<step>`` of a run, replacing an unfinished or damaged one.
+    """Write ``checkpoint_<step>`` of a run in place, replacing an unfinished or damaged one.
+
+    Equal replicas may do so at the same time, since they write the same bytes.
 
     Args:
         metadata: JSON values to keep beside the position: the settings, the corpus.
-        with_others: equal replicas may write the same checkpoint now; none of them takes away
-            what another one has finished.
 
     Raises:
-        UserError: the storage refuses a write.
+        StorageError: the storage refuses a write.
     """
     folder = run.child(checkpoint_name(position.step))
-    if not with_others:
-        folder.delete_file(METADATA)
-    parameters = named_parameters(model)
-    states = {
-        f"{key}.{name}": torch.as_tensor(value)
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
+    snapshots = Snapshots(pinned=False)
+    files = {
+        part.file: write_file(folder, part.file, snapshots.take(part))
+        for part in cut_into_parts(model, optimizer)
     }
-    files = {}
-    for file, tensors in ((MODEL, parameters), (OPTIMIZER, states)):
-        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        data = safetensors.torch.save(plain)
-        folder.write_bytes(file, data)
-        files[file] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return commit(folder, position, files, metadata)
+
+
+def write_file(folder: Folder, name: str, data: memoryview) -> FileEntry:
+    """Write one file of a checkpoint; its entry for :func:`commit`. Raises StorageError."""
+    folder.write_bytes(name, data)
+    return {"size": len(data), "sha256": _sha256(data)}
+
+
+def commit(
+    folder: Folder, position: Position, files: dict[str, FileEntry], metadata: dict[str, Any]
+) -> Checkpoint:
+    """Make a checkpoint count, once all of its files are stored.
+
+    Raises:
+        StorageError: a file is not there in its whole length, or the storage refuses.
+    """
+    stored = dict(folder.walk(recursive=False))
+    for name, entry in files.items():
+        if stored.get(name) != entry["size"]:
+            raise StorageError(f"{folder.child(name)} was cut short while it was written")
     content = {
         "format": FORMAT_VERSION,
         "raygpt": __version__,
         "position": asdict(position),
-        "files": files,
+        "files": dict(sorted(files.items())),
         **metadata,
     }
-    for file, entry in files.items():
-        if folder.size(file) != entry["size"]:
-            raise UserError(f"{folder.child(file)} was cut short while it was written")
     folder.write_bytes(METADATA, json.dumps(content, indent=1).encode())
     return Checkpoint(folder, position, content)
 
@@ -140,7 +156,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     Raises:
         UserError: the tensors are not those of this model.
     """
-    parameters = named_parameters(model)
+    parameters = dict(model.named_parameters())
     _copy_weights(checkpoint, parameters)
     number = {
         id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])
@@ -149,20 +165,20 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     for full_name, tensor in checkpoint.tensors(OPTIMIZER).items():
         key, _, name = full_name.partition(".")
         if name not in parameters:
-            raise UserError(f"{checkpoint.folder.child(OPTIMIZER)} has a state of {name!r}, "
+            raise UserError(f"the optimizer in {checkpoint.folder} has a state of {name!r}, "
                             "which the model has not; start a run of another name")  # fmt: skip
         states.setdefault(number[id(parameters[name])], {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
 
 
 def _copy_weights(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter]) -> None:
-    tensors = checkpoint.tensors(MODEL)
+    tensors = checkpoint.tensors(WEIGHTS)
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     wanted = {name: tuple(p.shape) for name, p in parameters.items()}
     if shapes != wanted:
         odd = sorted(set(shapes.items()) ^ set(wanted.items()))[0][0]
         raise UserError(
-            f"{checkpoint.folder.child(MODEL)} does not fit the model: {odd} has shape "
+            f"the weights in {checkpoint.folder} do not fit the model: {odd} has shape "
             f"{shapes.get(odd)} there and {wanted.get(odd)} here"
         )
     with torch.no_grad():
@@ -192,12 +208,20 @@ def open_checkpoint(folder: Folder) -> Checkpoint:
                 f"{where} has format {metadata['format']}; this raygpt reads {FORMAT_VERSION}"
             )
         position = Position(**metadata["position"])
-        entries = {name: metadata["files"][name] for name in (MODEL, OPTIMIZER)}
+        entries = {name: metadata["files"][name] for name in _checked_names(metadata["files"])}
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{where} is damaged: {type(error).__name__}: {error}") from error
     for name, entry in entries.items():
         _read_file(folder, name, entry)
     return Checkpoint(folder, position, metadata)
+
+
+def _checked_names(files: dict[str, Any]) -> list[str]:
+    """The names of a checkpoint's files; they decide what is read, so only ours will do."""
+    kinds = {match[1] for name in files if (match := FILE_NAME.fullmatch(name))}
+    if kinds != {WEIGHTS, OPTIMIZER} or not all(map(FILE_NAME.fullmatch, files)):
+        raise ValueError(f"its files are {', '.join(files) or 'none'}")
+    return list(files)
 
 
 def _read_file(folder: Folder, name: str, entry: dict[str, Any]) -> bytes:
@@ -209,9 +233,13 @@ def _read_file(folder: Folder, name: str, entry: dict[str, Any]) -> bytes:
         raise DamagedCheckpoint(
             f"{folder.child(name)} is damaged: {len(data)} bytes instead of {entry['size']}"
         )
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+    if _sha256(data) != entry["sha256"]:
         raise DamagedCheckpoint(f"{folder.child(name)} is damaged: its sha256 does not match")
     return data
+
+
+def _sha256(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def valid_checkpoints(run: Folder, say: Callable[[str], None]) -> Iterator[Checkpoint]:
@@ -322,7 +350,7 @@ def load_model(path: str, say: Callable[[str], None] = lambda _: None) -> Loaded
     except KeyError as error:
         raise DamagedCheckpoint(f"{checkpoint.folder.child(METADATA)} lacks {error}") from error
     model = GPT(config.model, n_vocab)
-    _copy_weights(checkpoint, named_parameters(model))
+    _copy_weights(checkpoint, dict(model.named_parameters()))
     return LoadedModel(
         model.eval(), tokenizer, checkpoint.position.step, checkpoint.folder.uri, config
     )

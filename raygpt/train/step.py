@@ -1,4 +1,4 @@
-"""One optimizer step: accumulate each lane, sum over lanes, clip, update.
+"""One optimizer step: accumulate each lane, sum over lanes; then clip and update.
 
 The numbers depend on the windows, the weights, ``batch.micro`` and the step, never on the
 number of workers: see ``reduce.py`` for the sum over lanes.
@@ -26,7 +26,7 @@ Forward = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; equal on every worker."""
+    """What a step found before its update; equal on every worker."""
 
     loss: float
     """Mean cross entropy over the global batch, nats a token, before the update."""
@@ -35,13 +35,13 @@ class StepResult:
     lane_hashes: tuple[str, ...]
     """Hash of each lane's windows."""
     skipped: bool
-    """Loss or norm was not finite: the weights were left as they are."""
+    """Loss or norm is not finite: the weights are left as they are."""
     votes: tuple[int, ...]
     """Of each question put to all workers, how many said yes."""
 
 
 class Stepper:
-    """Takes optimizer steps on this worker's lanes.
+    """Takes optimizer steps on this worker's lanes: :meth:`gradient`, then :meth:`update`.
 
     Args:
         model: the network, compiled or not; earlier lanes run on it without DDP.
@@ -68,16 +68,16 @@ class Stepper:
         self._gradients = GradientSum(ddp)
         self._lanes, self._micro, self._grad_clip = lanes, micro, grad_clip
         self._device, self._dtype, self._seed = device, dtype, seed
+        self._norm = torch.zeros(())
 
-    def step(
-        self, batch: StepWindows, owners: tuple[int, ...], lr: float, votes: Sequence[int] = ()
+    def gradient(
+        self, batch: StepWindows, owners: tuple[int, ...], votes: Sequence[int] = ()
     ) -> StepResult:
-        """Forward, backward, sum, clip and update for one global batch.
+        """Forward, backward and sum for one global batch; weights stay as they are.
 
         Args:
             batch: this worker's windows of the step.
             owners: the rank that computes each lane; equal on every worker.
-            lr: learning rate of the update.
             votes: this worker's answers, 0 or 1 each; as many on every worker.
         """
         plan = reduce_plan(owners, dist.get_rank(), dist.get_world_size())
@@ -100,16 +100,23 @@ class Stepper:
         lane_losses, hashes, counted = self._share(plan, batch, losses, votes)
         loss = math.fsum(lane_losses) / self._lanes
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm_tensor = torch.nn.utils.get_total_norm(gradients)
-        norm = norm_tensor.item()
+        self._norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self._norm.item()
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
-        if not skipped:
+        return StepResult(loss, norm, hashes, skipped, counted)
+
+    def update(self, result: StepResult, lr: float) -> None:
+        """Clip the gradient and update the weights, unless the step is skipped.
+
+        Args:
+            lr: learning rate of the update.
+        """
+        if not result.skipped:
             if self._grad_clip:
-                torch.nn.utils.clip_grads_with_norm_(self._parameters, self._grad_clip, norm_tensor)
+                torch.nn.utils.clip_grads_with_norm_(self._parameters, self._grad_clip, self._norm)
             set_lr(self._optimizer, lr)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, norm, hashes, skipped, counted)
 
     def _forward(self, module: nn.Module) -> Forward:
         def forward(inputs: Tensor, targets: Tensor) -> Tensor:

@@ -4,11 +4,14 @@ Every worker holds the whole model, computes its lanes of each step and takes pa
 sums, so all hold the same weights at every step; rank 0 also writes what is to be kept.
 """
 
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -23,10 +26,13 @@ from raygpt.data.stream import StepWindows, lane_steps, stream_blocks
 from raygpt.errors import UserError
 from raygpt.model import GPT, flops_per_token
 from raygpt.optim import build_optimizer, lr_at
+from raygpt.storage import patiently
 from raygpt.train import state
+from raygpt.train.accounts import FIRST_STEP, RESTORE, TRAIN, Stopwatch, restart_ms
 from raygpt.train.control import STOP, Listener, MakeWay
 from raygpt.train.job import Job
 from raygpt.train.progress import RunLog, StepRecord
+from raygpt.train.saver import Saver
 from raygpt.train.state import Position
 from raygpt.train.step import Stepper, StepResult
 from raygpt.train.validation import Validation
@@ -46,7 +52,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     Args:
         settings: ``job``, the :class:`Job`, and ``control``, the driver's Control actor.
     """
-    worker = Worker(settings["job"], Listener(settings["control"]))
+    began = time.time()
+    worker = Worker(settings["job"], Listener(settings["control"]), began)
     try:
         worker.train()
     except (UserError, MakeWay):
@@ -60,7 +67,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 class Worker:
     """Model, optimizer, data and logs of one worker process."""
 
-    def __init__(self, job: Job, listener: Listener) -> None:
+    def __init__(self, job: Job, listener: Listener, began: float) -> None:
         self.job, self.config, self.listener = job, job.config, listener
         config, context = job.config, ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
@@ -103,15 +110,32 @@ class Worker:
         self._validate_what_was_missed()
         self.unsaved: list[StepRecord] = []
         """Of the steps since the last checkpoint, for the case that rank 0 dies with its files."""
+        self.trained = False
+        self.whole, self.state_lock = True, threading.Lock()
+        """Whether weights, optimizer and position belong to one step; who looks or changes."""
+        self.copier = devices.Copier(self.device)
         self.log: RunLog | None = None
+        patience = config.run.storage_patience
         if self.rank == 0:
-            self.log = RunLog(job.run, self.position.step, self.rescued)
+            self.log = RunLog(job.run, self.position.step, self.rescued, patience, listener.say)
             self.log.event(
                 "start",
                 self.position.step,
                 f"{self.world_size} workers on {devices.describe(self.device)}, "
                 f"{str(self.dtype).removeprefix('torch.')}, {config.scale.threads} threads",
             )
+        self.saver = Saver(
+            job.run,
+            job.metadata(),
+            self.log,
+            self.device,
+            patience,
+            listener.say,
+            self._has_saved,
+        )
+        self.stopwatch = Stopwatch()
+        self._mark(RESTORE, began)
+        listener.rescue = self.rescue
 
     def train(self) -> None:
         """The loop: one pass a step."""
@@ -119,8 +143,9 @@ class Worker:
         if self.missed:
             self._checkpoint(now=False)  # it may be the best so far
         batches = self._batches()
-        began = time.perf_counter()
+        self._mark(FIRST_STEP, time.time())
         while self.position.step < config.train.steps:
+            began = time.perf_counter()
             batch = next(batches)
             data_wait = time.perf_counter() - began
 
@@ -134,32 +159,60 @@ class Worker:
                 decay_tokens=self.job.decay_tokens,
             )
             owners = self.segments.owners(batch.segment, self.world_size)
-            result = self.stepper.step(batch, owners, lr, self.listener.votes())
-            self._advance(result, tokens)
-            elapsed = time.perf_counter() - began
+            result = self.stepper.gradient(batch, owners, self.listener.votes())
+            began += self._wait_for_copy()  # which is not the step's own time
+            with self._changing_state():
+                self.stepper.update(result, lr)
+                self._advance(result, tokens)
+                record = self._record(batch.step, result, tokens, lr, began, data_wait)
+                self.unsaved.append(record)
 
-            record = self._record(batch.step, result, tokens, lr, elapsed, data_wait)
-            self.unsaved.append(record)
-            record.add_val_loss(self._validate())
+            with self.stopwatch.during("validation"):
+                record.add_val_loss(self._validate())
             self._log_step(record)
             self._check_skipped()
-            self._checkpoint(now=any(result.votes))
+            with self.stopwatch.during("checkpoint"):
+                self._checkpoint(now=any(result.votes))
             if any(result.votes):
                 self._leave(stop=bool(result.votes[STOP]))
                 break
-            began = time.perf_counter()
+        self.saver.wait()
         if self.log is not None:
             self.log.close()
+
+    def _wait_for_copy(self) -> float:
+        """Seconds for which a checkpoint still copied what the update will change."""
+        began = time.perf_counter()
+        with self.stopwatch.during("checkpoint"):
+            self.saver.wait_for_copy()
+        return time.perf_counter() - began
+
+    @contextmanager
+    def _changing_state(self) -> Iterator[None]:
+        """Weights, optimizer and position change together, while nobody copies them."""
+        with self.state_lock:
+            self.whole = False
+            yield
+            self.whole = True
+            self.copier.mark()
 
     def rescue(self) -> None:
         """Save the state after the last finished step, when this group of workers cannot go on.
 
-        Replicas are equal, so whichever survivors get to it write the same bytes.
+        Replicas are equal, so whichever survivors get to it write the same bytes.  Called by the
+        training thread, or by the listener while that one hangs in a collective.
         """
-        run, step = self.job.run, self.position.step
-        if self.unsaved and not state.is_finished(run, step):
+        run = self.job.run
+        with self.state_lock:
+            step = self.position.step
+            if not (self.whole and self.unsaved) or state.is_finished(run, step):
+                return
             metadata = {**self.job.metadata(), "steps": [asdict(s) for s in self.unsaved]}
-            state.save(run, self.position, self.model, self.optimizer, metadata, with_others=True)
+            with self.copier:
+                patiently(
+                    lambda: state.save(run, self.position, self.model, self.optimizer, metadata),
+                    self.config.run.storage_patience,
+                )
 
     def _leave(self, stop: bool) -> None:
         """End this group after a checkpoint.
@@ -167,6 +220,7 @@ class Worker:
         Raises:
             MakeWay: unless the run is to stop, another group goes on.
         """
+        self.saver.wait()
         if self.position.step == self.config.train.steps:
             return
         if self.log is not None:
@@ -186,7 +240,8 @@ class Worker:
         Raises:
             RuntimeError: workers see different checkpoints; a restart looks again.
         """
-        checkpoint, position = state.latest(self.job.run), Position()
+        checkpoint = patiently(lambda: state.latest(self.job.run), self.config.run.storage_patience)
+        position = Position()
         self.rescued: list[StepRecord] = []
         if checkpoint is not None:
             state.restore(checkpoint, self.model, self.optimizer)
@@ -255,30 +310,16 @@ class Worker:
         every, last = self.config.train.checkpoint_every, p.step == self.config.train.steps
         if not (now or best or last or p.step % every == 0):
             return
-        self.unsaved.clear()
-        reported = None
-        if self.log is not None:
-            began = time.perf_counter()
-            self.log.flush()
-            saved = state.save(self.job.run, p, self.model, self.optimizer, self.job.metadata())
-            state.prune(self.job.run, saved)
-            self.log.event(
-                "checkpoint",
-                p.step,
-                f"{saved.folder.split()[1]} in {time.perf_counter() - began:.2f} s, weights "
-                f"{saved.weights_sha256[:12]}",
-            )
-            self.log.flush()
-            storage = ray.train.get_context().get_storage()
-            reported = ray.train.Checkpoint(
-                f"{storage.experiment_fs_path}/{saved.folder.split()[1]}",
-                storage.storage_filesystem,
-            )
-        ray.train.report(
-            {"step": p.step, "val_loss": p.val_loss},
-            checkpoint=reported,
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
-        )
+        self.saver.begin(p, self.model, self.optimizer)
+
+    def _has_saved(self, step: int) -> None:
+        """A checkpoint counts; called in the background."""
+        with self.state_lock:
+            self.unsaved = [r for r in self.unsaved if r.metrics["step"] >= step]
+
+    def _mark(self, phase: str, at: float) -> None:
+        if self.rank == 0:
+            self.listener.control.mark.remote(phase, at)
 
     def _record(
         self,
@@ -286,9 +327,11 @@ class Worker:
         result: StepResult,
         tokens: int,
         lr: float,
-        elapsed: float,
+        began: float,
         data_wait: float,
     ) -> StepRecord:
+        now = time.time()
+        elapsed = time.perf_counter() - began
         speed = tokens / elapsed
         peak = devices.peak_flops(self.device, self.dtype)
         flops = flops_per_token(self.config.model) * speed
@@ -306,12 +349,26 @@ class Worker:
             "epoch": self.reader.epoch(step),
             "batch_hash": batch_hash(result.lane_hashes),
             "skipped": self.position.skipped,
+            "time": round(now, 3),
+            **self.stopwatch.row(1000 * elapsed),
         }
-        ledger = {"step": step, "world_size": self.world_size, "lanes": list(result.lane_hashes)}
+        if not self.trained and self.log is not None:
+            control = self.listener.control
+            marks: Any = ray.get(control.marks.remote())
+            row["restart_ms"] = restart_ms(marks, self.log.last_kept, self.log.lost, now)
+            self._mark(TRAIN, now)
+        self.trained = True
+        ledger = {
+            "step": step,
+            "time": row["time"],
+            "world_size": self.world_size,
+            "lanes": list(result.lane_hashes),
+        }
         return StepRecord(row, ledger)
 
     def _log_step(self, record: StepRecord) -> None:
         if self.log is not None:
+            self.log.check()
             step, log_every = record.metrics["step"], self.config.train.log_every
             board = step % log_every == 0 or step + 1 == self.config.train.steps
             self.log.step(record, board)

@@ -1,0 +1,156 @@
+"""Checkpoints written beside training: each worker its share, and the loop hardly waits.
+
+Weights and optimizer change only in the update.  So the copy of them is made while the next
+step computes its gradient, and only the next update waits until it is done; hashing and storing
+follow in the background.  A checkpoint counts when rank 0 has heard that every share is stored
+and writes its metadata.  What it gives up: memory, one copy of this worker's share.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raygpt import device as devices
+from raygpt.storage import Folder, patiently
+from raygpt.train import state
+from raygpt.train.parts import Part, Snapshots, cut_into_parts, share_of
+from raygpt.train.progress import RunLog
+from raygpt.train.state import Position
+
+SHARES_TIMEOUT = timedelta(hours=2)
+"""For the slowest worker to store its share.  A dead one is noticed at once."""
+_LOWEST_PRIORITY = 19
+
+
+class Saver:
+    """Writes this worker's share of checkpoints, one at a time, in a thread.
+
+    Args:
+        log: rank 0's; None elsewhere.
+        patience: seconds for which a storage that refuses is tried again.
+        say: told of it.
+        saved: called in the background with a checkpoint's step once it counts.
+    """
+
+    def __init__(
+        self,
+        run: Folder,
+        metadata: dict[str, Any],
+        log: RunLog | None,
+        device: torch.device,
+        patience: float,
+        say: Callable[[str], None],
+        saved: Callable[[int], None],
+    ) -> None:
+        self._run, self._metadata, self._log, self._patience = run, metadata, log, patience
+        self._say = say
+        self._saved, self._copier = saved, devices.Copier(device)
+        self._snapshots = Snapshots(pinned=device.type == "cuda")
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        # Its collectives run in the background, so they cannot share the group of the loop.
+        self._group = dist.new_group(backend="gloo", timeout=SHARES_TIMEOUT)
+        self._copied = threading.Event()
+        self._copied.set()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def begin(self, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Begin with the checkpoint of a position; every worker calls it.
+
+        Waits for the checkpoint before this one, and raises what stopped it.
+        """
+        self.wait()
+        parts = share_of(cut_into_parts(model, optimizer), self._rank, self._world_size)
+        self._copied.clear()
+        self._copier.mark()
+        self._thread = threading.Thread(
+            target=self._save, args=(position, parts), name="save", daemon=True
+        )
+        self._thread.start()
+
+    def wait_for_copy(self) -> None:
+        """Return when weights and optimizer may change; raises what stopped the copy."""
+        if not self._copied.is_set():
+            self._copied.wait()
+        if self._error is not None:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when all that was begun is stored.
+
+        Raises:
+            StorageError: the storage refused for longer than the patience.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _save(self, position: Position, parts: list[Part]) -> None:
+        try:
+            with self._copier:
+                copies = {part.file: self._snapshots.take(part) for part in parts}
+            self._copied.set()
+            _give_way()
+            self._store(position, copies)
+        except BaseException as error:  # for the loop, which takes it in its own thread
+            self._error = error
+        finally:
+            self._copied.set()
+
+    def _store(self, position: Position, copies: dict[str, memoryview]) -> None:
+        began = time.perf_counter()
+        folder = self._run.child(state.checkpoint_name(position.step))
+        entries = {
+            file: self._patiently(partial(state.write_file, folder, file, data))
+            for file, data in copies.items()
+        }
+        shares: list[Any] = [None] * self._world_size
+        dist.all_gather_object(shares, entries, group=self._group)
+        reported = None
+        if self._log is not None:
+            self._log.flush()  # a checkpoint must not outlive the steps before it
+            files = {file: entry for share in shares for file, entry in share.items()}
+            checkpoint = self._patiently(
+                lambda: state.commit(folder, position, files, self._metadata)
+            )
+            self._patiently(lambda: state.prune(self._run, checkpoint))
+            self._log.event(
+                "checkpoint",
+                position.step,
+                f"{checkpoint.folder.split()[1]} in {time.perf_counter() - began:.2f} s, weights "
+                f"{checkpoint.weights_sha256[:12]}",
+            )
+            storage = ray.train.get_context().get_storage()
+            reported = ray.train.Checkpoint(
+                f"{storage.experiment_fs_path}/{checkpoint.folder.split()[1]}",
+                storage.storage_filesystem,
+            )
+        dist.barrier(self._group)  # it counts from here on
+        self._saved(position.step)
+        ray.train.report(
+            {"step": position.step, "val_loss": position.val_loss},
+            checkpoint=reported,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    def _patiently(self, action: Callable[[], Any]) -> Any:
+        return patiently(action, self._patience, self._say)
+
+
+def _give_way() -> None:
+    """Let the training thread go first."""
+    if sys.platform == "linux":  # elsewhere threads have no priority of their own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
