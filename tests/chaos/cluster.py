@@ -9,9 +9,10 @@ import time
 from contextlib import ExitStack
 
 import psutil
-from chaos.network import Network, NetworkHost, available
 from head import START_SECONDS, Head, Node
 from hosts import Host, LocalHost
+
+from chaos.network import Network, NetworkHost, available
 
 HEALTH_CHECKS = {
     # Read by the head alone.  Ray's own values in parentheses: a machine that says nothing at all

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from chaos.cluster import Cluster, network_of, node_id
 from head import Node
 
+from chaos.cluster import Cluster, network_of, node_id
 from raygpt.train.progress import METRICS
 
 NOTICE_SECONDS = 30
