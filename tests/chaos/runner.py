@@ -28,6 +28,8 @@ class Outcome:
     """The last step that was finished when it happened."""
     time: float
     """When, in Unix seconds."""
+    last_time: float
+    """When the last step was finished."""
     size: int
     """Workers before."""
     line: int
@@ -126,7 +128,14 @@ class Disturber:
         began = time.time()
         struck = faults.FAULTS[kind](self._field, target)
         outcome = Outcome(
-            kind, struck, scheduled, newest["step"], began, newest["world_size"], line
+            kind,
+            struck,
+            scheduled,
+            newest["step"],
+            began,
+            newest["time"],
+            newest["world_size"],
+            line,
         )
         self.tell(f"step {outcome.step}: {kind} ({struck}), {outcome.size} workers")
         if kind in faults.END_THE_JOB:
@@ -144,22 +153,23 @@ class Disturber:
 
     def _await_start(self, starts: int, outcome: Outcome) -> float:
         """Wait for a step of a new group of workers; returns the time of the last one before."""
-        seen, last = outcome.step, outcome.time
+        seen, last = outcome.step, outcome.last_time
 
         def trains() -> bool:
             nonlocal seen, last
-            newest, now = self.trial.newest(), time.time()
-            begun = self.trial.starts()
+            newest, begun = self.trial.newest(), self.trial.starts()
             assert newest is not None
             if len(begun) == starts:
                 if newest["step"] != seen:
-                    seen, last = newest["step"], newest.get("time", now)
+                    seen, last = newest["step"], newest["time"]
                 return False
-            rows = self.trial.ledger()[outcome.line :]
-            if not rows or rows[-1]["step"] < begun[-1]:
+            lines = self.trial.ledger()[outcome.line :]
+            done = [line for line in lines if line["attempt"] == lines[-1]["attempt"]]
+            first = next((line for line in done if line["step"] == begun[-1]), None)
+            if first is None:
                 return False
-            outcome.next_step, outcome.next_time = begun[-1], now
-            outcome.next_size = rows[-1]["world_size"]
+            outcome.next_step, outcome.next_time = first["step"], first["time"]
+            outcome.next_size = first["world_size"]
             return True
 
         self._wait(trains, f"train again after {outcome.kind} at step {outcome.step}")
