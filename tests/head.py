@@ -96,7 +96,7 @@ class Head:
         self._node_environment = environment or {}
         self.host = host or LocalHost()
         # Ray's sockets lie in it, and their paths must be short.
-        self._folder = Path(tempfile.mkdtemp(prefix="raygpt-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="raygpt-"))
         self.address = f"{self.host.address}:{self.host.port()}"
         self.dashboard = f"http://{self.host.address}:{self.host.port()}"
         self.nodes: list[Node] = []
@@ -121,7 +121,7 @@ class Head:
         return self._add(host or self.host, f"--address={self.address}", f"--num-cpus={cpus}")
 
     def _add(self, host: Host, *arguments: str) -> Node:
-        folder = self._folder / str(len(self.nodes))
+        folder = self.folder / str(len(self.nodes))
         folder.mkdir()
         node = Node(folder, host, *arguments, *self._options, environment=self._node_environment)
         self.nodes.append(node)
@@ -131,10 +131,10 @@ class Head:
         for node in reversed(self.nodes):
             node.kill()
         for process in psutil.process_iter(["cmdline"]):  # children of nobody any more
-            if any(str(self._folder) in part for part in process.info["cmdline"] or ()):
+            if any(str(self.folder) in part for part in process.info["cmdline"] or ()):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _wait(self, node: Node) -> None:
         request = urllib.request.Request(

@@ -7,6 +7,7 @@ can then be killed, but not cut off.
 import contextlib
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import psutil
 from head import START_SECONDS, Head, Node
@@ -39,6 +40,7 @@ class Cluster:
         self._size, self._environment = nodes, environment
         self._stack, self._ray = ExitStack(), ExitStack()
         self._network: Network | None = None
+        self._folders: list[Path] = []
         self.nodes: list[Node] = []
         """Those that are to hold workers and were not lost."""
 
@@ -62,6 +64,7 @@ class Cluster:
     def start(self) -> None:
         """A new head and its nodes; there must be none."""
         self.head = Head(0, self._host(), _OPTIONS, self._environment)
+        self._folders.append(self.head.folder)
         self._ray.enter_context(self.head)
         for _ in range(self._size):
             self.add()
@@ -88,13 +91,26 @@ class Cluster:
         node.kill()
 
     def kill_head(self) -> None:
-        """The head's power is cut; the others, which could do nothing more, end."""
+        """The head's power is cut; the others, which could do nothing more, end.
+
+        :meth:`start` starts as many nodes as there were.
+        """
+        self._size = len(self.nodes)
         self.head.nodes[0].kill()
         self._end()
 
     def _end(self) -> None:
         self.nodes.clear()
         self._ray.close()
+
+    def leftovers(self) -> list[str]:
+        """Processes, namespaces and folders of this cluster that are still there."""
+        found = [str(folder) for folder in self._folders if folder.exists()]
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or ()
+            if any(str(folder) in word for folder in self._folders for word in words):
+                found.append(" ".join(words))
+        return found + (self._network.leftovers() if self._network else [])
 
     def _host(self) -> Host:
         return self._network.add_host() if self._network else LocalHost()

@@ -127,8 +127,15 @@ class Network:
         return host
 
     def __exit__(self, *_: object) -> None:
-        for name in [host.name for host in self.hosts] + [self._switch]:
+        for name in self._names():
             _remove(name)
+
+    def leftovers(self) -> list[str]:
+        """Namespaces that are still there; no process outlives them."""
+        return [name for name in self._names() if (_NAMES / name).exists()]
+
+    def _names(self) -> list[str]:
+        return [host.name for host in self.hosts] + [self._switch]
 
 
 def processes_in(name: str) -> list[psutil.Process]:

@@ -4,7 +4,8 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from chaos import faults
@@ -75,8 +76,12 @@ class Disturber:
         self._field: faults.Field
         self._process: subprocess.Popen[bytes] | None = None
 
-    def run(self, events: Sequence[Event]) -> list[Outcome]:
+    def run(self, events: Sequence[Event], closing: int = 0) -> list[Outcome]:
         """Train to the end, through all events.
+
+        Args:
+            closing: how many steps the run goes on after the last event, which must end the job;
+                0: to the end that it had from the beginning.
 
         Raises:
             Stuck: the run did not go on after an event, or ended before the last one.
@@ -85,7 +90,9 @@ class Disturber:
             self._submit()
             self._wait(self._is_full, "begin")
             for event in events:
-                self._wait(lambda step=event.step: self._step() >= step, "reach the next event")
+                self._wait(partial(self._has_reached, event.step), "reach the next event")
+                if closing and event is events[-1]:
+                    self.trial = replace(self.trial, steps=self._step() + closing)
                 self._strike(event.kind, event.target, scheduled=True)
                 self._settle()
             self._wait(lambda: self._process_ended(), "end", self.patience * 10)
@@ -191,6 +198,9 @@ class Disturber:
     def _step(self) -> int:
         newest = self.trial.newest()
         return -1 if newest is None else int(newest["step"])
+
+    def _has_reached(self, step: int) -> bool:
+        return self._step() >= step
 
     def _process_ended(self) -> bool:
         assert self._process is not None

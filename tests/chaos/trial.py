@@ -14,9 +14,9 @@ run: {storage: STORAGE}
 data: {corpus: CORPUS, segment_steps: 100}
 model: {n_layer: 2, n_head: 2, n_embd: 32, block_size: 32, vocab_size: 264, dropout: 0.1}
 batch: {tokens: TOKENS, lanes: 4, micro: 8}
-optim: {max_lr: 3.0e-3, warmup_steps: 20}
+optim: {max_lr: 3.0e-3, warmup_steps: 20, decay_tokens: 20000000}
 train:
-  {steps: STEPS, log_every: 50, eval_every: 100, eval_tokens: 4096, checkpoint_every: 250,
+  {log_every: 50, eval_every: 100, eval_tokens: 4096, checkpoint_every: 250,
   sample_prompt: "", precision: fp32}
 scale: {workers: "1:3", gpus_per_worker: 0}
 """
@@ -29,17 +29,18 @@ class Trial:
 
     folder: Path
     name: str
+    steps: int = 1000000
+    """The run's end, which its learning rate does not depend on."""
 
     @staticmethod
-    def prepare(folder: Path, steps: int, tokens: int) -> None:
+    def prepare(folder: Path, tokens: int) -> None:
         """Write corpus and settings for the trials of a folder."""
         text = (resources.files("raygpt") / "assets" / "tinyshakespeare.txt").read_bytes()[:60_000]
         (folder / "text.txt").write_bytes(text)
         corpus = str(folder / "corpus")
         prepare([str(folder / "text.txt")], corpus, "bytes", val_fraction=0.1, on_ray=False)
         settings = SETTINGS.replace("STORAGE", str(folder / "runs")).replace("CORPUS", corpus)
-        settings = settings.replace("STEPS", str(steps)).replace("TOKENS", str(tokens))
-        (folder / "run.yaml").write_text(settings)
+        (folder / "run.yaml").write_text(settings.replace("TOKENS", str(tokens)))
 
     @property
     def run(self) -> Path:
@@ -50,7 +51,7 @@ class Trial:
     def program(self) -> list[str]:
         """What starts the driver."""
         settings = ("--config", str(self.folder / "run.yaml"), "--run.name", self.name)
-        return ["python", "jobs/train.py", *settings]
+        return ["python", "jobs/train.py", *settings, "--train.steps", str(self.steps)]
 
     def rows(self) -> list[dict[str, Any]]:
         """A line for every step of the finished history."""
