@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import psutil
-from helpers import free_port
+from hosts import Host, LocalHost
 
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 90
@@ -29,18 +29,28 @@ class Node:
 
     Args:
         folder: for its log; processes that name it belong to it.
+        environment: what it has beside that of the tests.
     """
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: Path, host: Host, *arguments: str, environment: dict[str, str] | None = None
+    ) -> None:
+        self.host = host
         self.log = folder / "node.log"
-        command = [
-            *("ray", "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
-            f"--dashboard-agent-listen-port={free_port()}",
+        command = host.command(
+            *("ray", "start", "--block", "--disable-usage-stats"),
+            f"--node-ip-address={host.address}",
+            f"--dashboard-agent-listen-port={host.port()}",
+            f"--temp-dir={folder}",  # of its own: two that start at once would take one name
             *arguments,
-        ]
+        )
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, env=activated(), stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                command,
+                env={**activated(), **host.environment, **(environment or {})},
+                stdout=log,
+                stderr=log,
+            )
 
     def kill(self) -> None:
         """End all of it at once, as a power cut would, by process id, until nothing is left."""
@@ -62,11 +72,7 @@ class Node:
 
     def family(self) -> list[psutil.Process]:
         """The processes of this machine."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            head = psutil.Process(self.process.pid)
-            if head.status() != psutil.STATUS_ZOMBIE:
-                return [head, *head.children(recursive=True)]
-        return []
+        return self.host.family(self.process.pid)
 
 
 class Head:
@@ -74,23 +80,35 @@ class Head:
 
     Args:
         cpus: what Ray believes the head's machine has.
+        host: where the head runs; this machine, unless given.
+        options: more of ``ray start``, for every node.
+        environment: of every node, beside that of the tests.
     """
 
-    def __init__(self, cpus: int) -> None:
-        self._cpus = cpus
+    def __init__(
+        self,
+        cpus: int,
+        host: Host | None = None,
+        options: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self._cpus, self._options = cpus, options
+        self._node_environment = environment or {}
+        self.host = host or LocalHost()
         # Ray's sockets lie in it, and their paths must be short.
-        self._folder = Path(tempfile.mkdtemp(prefix="raygpt-"))
-        self.address = f"127.0.0.1:{free_port()}"
-        self.dashboard = f"http://127.0.0.1:{free_port()}"
+        self.folder = Path(tempfile.mkdtemp(prefix="raygpt-"))
+        self.address = f"{self.host.address}:{self.host.port()}"
+        self.dashboard = f"http://{self.host.address}:{self.host.port()}"
         self.nodes: list[Node] = []
 
     def __enter__(self) -> "Head":
         try:
             node = self._add(
+                self.host,
                 *("--head", f"--port={self.address.rpartition(':')[2]}"),
                 f"--dashboard-port={self.dashboard.rpartition(':')[2]}",
-                *("--dashboard-host=127.0.0.1", f"--temp-dir={self._folder}"),
-                *(f"--ray-client-server-port={free_port()}", f"--num-cpus={self._cpus}"),
+                f"--dashboard-host={self.host.address}",
+                *(f"--ray-client-server-port={self.host.port()}", f"--num-cpus={self._cpus}"),
             )
             self._wait(node)
         except BaseException:
@@ -98,24 +116,25 @@ class Head:
             raise
         return self
 
-    def add_node(self, cpus: int) -> Node:
+    def add_node(self, cpus: int, host: Host | None = None) -> Node:
         """One more machine; Ray needs a few seconds until it counts."""
-        return self._add(f"--address={self.address}", f"--num-cpus={cpus}")
+        return self._add(host or self.host, f"--address={self.address}", f"--num-cpus={cpus}")
 
-    def _add(self, *arguments: str) -> Node:
-        folder = self._folder / f"node-{len(self.nodes)}"
+    def _add(self, host: Host, *arguments: str) -> Node:
+        folder = self.folder / str(len(self.nodes))
         folder.mkdir()
-        self.nodes.append(Node(folder, *arguments))
-        return self.nodes[-1]
+        node = Node(folder, host, *arguments, *self._options, environment=self._node_environment)
+        self.nodes.append(node)
+        return node
 
     def __exit__(self, *_: object) -> None:
         for node in reversed(self.nodes):
             node.kill()
         for process in psutil.process_iter(["cmdline"]):  # children of nobody any more
-            if any(str(self._folder) in part for part in process.info["cmdline"] or ()):
+            if any(str(self.folder) in part for part in process.info["cmdline"] or ()):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _wait(self, node: Node) -> None:
         request = urllib.request.Request(
@@ -125,7 +144,7 @@ class Head:
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
-                with urllib.request.urlopen(request, timeout=5):
+                with self.host.inside(), urllib.request.urlopen(request, timeout=5):
                     return
             except (urllib.error.URLError, OSError):
                 started = node.process.poll() is None
@@ -142,12 +161,12 @@ class Head:
     def environment(self) -> dict[str, str]:
         """Environment of a command that uses this cluster."""
         api = {"RAY_ADDRESS": self.address, "RAY_API_SERVER_ADDRESS": self.dashboard}
-        return {**activated(), **api}
+        return {**activated(), **self.host.environment, **api}
 
     def start(self, *command: str) -> "subprocess.Popen[str]":
         """A command in the repository's folder; its output is one text."""
         return subprocess.Popen(
-            command,
+            self.host.command(*command),
             cwd=ROOT,
             env=self.environment,
             stdin=subprocess.DEVNULL,

@@ -1,0 +1,51 @@
+"""Every fault strikes one run; the model that comes out is that of a quiet run, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+
+from chaos import checks
+from chaos.cluster import Cluster
+from chaos.faults import FAULTS
+from chaos.network import available
+from chaos.runner import Disturber
+from chaos.schedule import Event
+from chaos.trial import Trial
+
+TOKENS = 4096
+NODES = 3
+APART = 20
+"""Steps between two events, at least."""
+ORDER = ("rank 0", "node", "stop", "drain", "add", "worker", "partition", "driver", "head")
+"""Each kind once; so that there are always nodes to lose, and none need be replaced."""
+
+
+@pytest.mark.xdist_group("ray")
+@pytest.mark.timeout(1500)  # a busy machine may take long; a recovery has its own limit
+def test_a_run_that_meets_every_fault(tmp_path: Path) -> None:
+    """It loses processes, machines, its driver and its cluster, and nobody can tell."""
+    assert set(ORDER) == set(FAULTS) - {"interrupt"}, "a kind of fault is not tried"
+    Trial.prepare(tmp_path, TOKENS)
+    with Cluster(NODES) as cluster:
+        kinds = [kind for kind in ORDER if kind != "partition" or cluster.can_be_cut]
+        if len(kinds) < len(ORDER):
+            print(f"no machine is cut off: {available()}")
+        events = [Event(APART * (i + 1), kind, 1) for i, kind in enumerate(kinds)]
+        disturber = Disturber(cluster, Trial(tmp_path, "disturbed"), size=1)
+        outcomes = disturber.run(events, closing=APART)
+        disturbed = disturber.trial
+        quiet = Trial(tmp_path, "quiet", disturbed.steps)
+        Disturber(cluster, quiet, size=1).run([])
+    assert cluster.leftovers() == []
+
+    assert [outcome.kind for outcome in outcomes if outcome.scheduled] == kinds
+    assert checks.differences(checks.result(quiet), checks.result(disturbed)) == []
+    assert len(checks.result(quiet).trained) == disturbed.steps
+    assert disturbed.steps in checks.open_all(disturbed)
+    status, output = checks.audit(disturbed)
+    assert status == 0, output
+    for outcome, redone in zip(outcomes, checks.redone(disturbed, outcomes), strict=True):
+        print(
+            f"{outcome.kind:10s} step {outcome.step:5d}: {outcome.seconds:5.1f} s, "
+            f"{redone} steps redone, {outcome.size} -> {outcome.next_size} workers"
+        )
