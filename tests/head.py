@@ -155,7 +155,7 @@ class Head:
     @property
     def logs(self) -> Path:
         """Folder of all that Ray and its workers write down."""
-        return self._folder
+        return self.folder
 
     @property
     def environment(self) -> dict[str, str]:
