@@ -33,7 +33,7 @@ from raygpt.device import cpu_kind
 from raygpt.train.accounts import Accounts
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 TOKENS = 4096
 APART = 60
@@ -88,7 +88,7 @@ def draw(quiet: Trial, disturbed: Trial, outcomes: list[Outcome], path: Path) ->
     rows = disturbed.rows()
     below.step([r["step"] for r in rows], [r["world_size"] for r in rows], color="#1d3557")
     below.set(xlabel="step", ylabel="workers", ylim=(0, None))
-    below.yaxis.set_major_locator(pyplot.MaxNLocator(integer=True))
+    below.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     top.set(ylabel="training loss, nats a byte")
     top.set_title(f"{len(outcomes)} faults, one model: the two curves are equal bit for bit")
     top.legend(loc="lower left", frameon=False)

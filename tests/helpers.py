@@ -1,10 +1,12 @@
 """What several tests share."""
 
+import errno
 import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,3 +63,17 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def fill(disk: Path) -> Path:
+    """A file that takes all room of a file system; to be deleted."""
+    path = disk / "filler"
+    with open(path, "ab", buffering=0) as filler:
+        for size in (2**16, 2**10, 1):
+            try:
+                while True:
+                    filler.write(bytes(size))
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+    assert os.statvfs(disk).f_bavail == 0
+    return path

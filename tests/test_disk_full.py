@@ -1,10 +1,9 @@
 """A disk that is full: a run waits for room, gives up with a word, and goes on when it is there."""
 
-import errno
-import os
 import time
 from pathlib import Path
 
+from helpers import fill
 from troubled import EVERY, STEPS, Reference, finish, wait_for
 
 FULL_SECONDS = 8.0
@@ -12,37 +11,25 @@ LATER = 10
 """So many steps after a checkpoint it is stored and reported, and the next one not yet begun."""
 
 
-def fill(disk: Path) -> None:
-    """Until nothing more is taken."""
-    with open(disk / "filler", "ab", buffering=0) as filler:
-        for size in (2**16, 2**10, 1):
-            try:
-                while True:
-                    filler.write(bytes(size))
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
-    assert os.statvfs(disk).f_bavail == 0
-
-
 def test_a_run_and_a_disk_that_is_full(disk: Path, reference: Reference) -> None:
     """Too long for one job, which ends; not too long for the next one. No step is lost."""
     run = reference.run(str(disk), "full")
     first = run.start("--run.storage_patience", "3")
     wait_for(first, lambda: len(run.rows()) > EVERY + LATER)
-    fill(disk)
+    filler = fill(disk)
     output = finish(first, status=2)
     (error,) = (line for line in output.splitlines() if line.startswith("error: "))
     assert str(disk) in error and "No space left on device (tried for " in error
     assert "Traceback" not in output
     assert not run.has_checkpoint(STEPS)
 
-    (disk / "filler").unlink()
+    filler.unlink()
     second = run.start()
     wait_for(second, lambda: len(run.rows()) > 2 * EVERY + LATER)
-    fill(disk)
+    filler = fill(disk)
     time.sleep(FULL_SECONDS)
     assert second.poll() is None
-    (disk / "filler").unlink()
+    filler.unlink()
     output = finish(second)
     assert "No space left on device; trying again for up to 300 s" in output
     assert "Traceback" not in output

@@ -289,7 +289,7 @@ def other_names() -> Iterator[str]:
     yield from ("model-00001-of-\u0662\u0662\u0662\u0662\u0662.safetensors", "\0")
 
 
-@pytest.mark.parametrize("name", other_names())
+@pytest.mark.parametrize("name", list(other_names()))
 @pytest.mark.parametrize("instead", [True, False])
 def test_other_files_are_refused(run: Run, name: str, instead: bool) -> None:
     """checkpoint.json decides which files are read, so no other names will do."""

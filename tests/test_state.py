@@ -18,6 +18,7 @@ from raygpt.train.state import (
     METADATA,
     DamagedCheckpoint,
     Position,
+    _content_sha256,
     checkpoint_name,
     latest,
     load_model,
@@ -156,7 +157,9 @@ def test_a_format_from_the_future_is_refused(run: Run) -> None:
     run.save(10)
     run.save(20)
     path = run.file(20, METADATA)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    content = {**json.loads(path.read_text()), "format": 99}
+    del content["sha256"]
+    path.write_text(json.dumps({**content, "sha256": _content_sha256(content)}))
     with pytest.raises(UserError, match="has format 99; this raygpt reads 1"):
         run.latest()
 

@@ -3,12 +3,17 @@
 import math
 import re
 import struct
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers import fill
 from logged import file, log_steps, record, steps
 from logged import run as run
+from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from raygpt.storage import Folder
@@ -98,3 +103,30 @@ def test_the_board_hides_what_a_restart_takes_out(run: Folder) -> None:
     shown = board(run)
     assert shown["world_size"] == {step: 2 if step < 6 else 1 for step in range(8)}
     assert list(shown["loss"]) == list(range(8)) == steps(run)
+
+
+def test_a_disk_that_was_full_does_not_stop_the_log(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard's files are a convenience: without room for them a run goes on."""
+
+    def flushing_at_once(*arguments: Any, **more: Any) -> SummaryWriter:
+        return SummaryWriter(*arguments, **{**more, "flush_secs": 0.1})
+
+    monkeypatch.setattr("raygpt.train.board.SummaryWriter", flushing_at_once)
+    run = Folder.from_path(str(small_disk / "run"))
+    log = RunLog(run, 0, patience=30.0)
+    log.step(record(0), board=True)
+    log.flush()
+    filler = fill(small_disk)
+    for step in range(1, 4):
+        log.step(record(step), board=True)
+    time.sleep(0.5)
+    filler.unlink()
+    for step in range(4, 20):  # more scalars than the board's queue holds
+        log.step(record(step), board=True)
+    closing = threading.Thread(target=log.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive(), "the log waits for the board for ever"
+    assert steps(run) == list(range(20))

@@ -8,7 +8,7 @@ What it gives up: certainty that the next release of Ray keeps them; the tests w
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -18,6 +18,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckTimeoutError,
 )
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.scaling_policy import (
     ResizeDecision,
 )
@@ -45,16 +46,19 @@ GRACE_SECONDS = 2.0
 """When one worker has saved its state, how much longer than it the others may take."""
 
 
-class ShortClaims(ControllerCallback):
-    """Lets an elastic run's claim on the cluster's resources end soon after its driver.
+class Settings(ControllerCallback):
+    """What Ray Train's controller has no settings for; takes effect in its process.
 
-    It is renewed while the controller lives; with Ray's 180 s, the successor of a driver that was
-    killed would wait so long for the same machines.
+    An elastic run's claim on the cluster's resources ends soon after its driver: it is renewed
+    while the controller lives; with Ray's 180 s, the successor of a driver that was killed would
+    wait so long for the same machines.  And Ray's own list of checkpoints is not written: raygpt
+    does not read it, and a write that the storage refuses would end the run.
     """
 
     def after_controller_start(self, train_run_context: Any) -> None:
         claims.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = CLAIM_SECONDS
         claims.AUTOSCALING_REQUESTS_INTERVAL_S = CLAIM_SECONDS // 3
+        CheckpointManager._write_state_to_storage = lambda _: None  # type: ignore[method-assign]
 
 
 class Judge(WorkerGroupCallback):
@@ -117,7 +121,7 @@ class Timekeeper(ControllerCallback, WorkerGroupCallback):
 
     def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
         errors = worker_group_status.errors
-        if self._training and errors and not _is_planned(errors.values()):
+        if self._training and errors and not _is_planned(errors):
             self._control.say.remote(f"{_loss(errors)}; restarting from what is saved")
         if errors:
             self._end_of_training()
@@ -134,8 +138,11 @@ class Timekeeper(ControllerCallback, WorkerGroupCallback):
         self._control.mark.remote(phase, time.time())
 
 
-def _is_planned(errors: Iterable[BaseException]) -> bool:
-    return all(isinstance(getattr(e, "_base_exc", None), MakeWay | UserError) for e in errors)
+def _is_planned(errors: dict[int, Exception]) -> bool:
+    """Whether the workers end as asked, or because of a mistake that ends the run."""
+    causes = [getattr(error, "_base_exc", None) for error in errors.values()]
+    mistake = any(isinstance(cause, UserError) for cause in causes)
+    return mistake or all(isinstance(cause, MakeWay) for cause in causes)
 
 
 def _loss(errors: dict[int, Exception]) -> str:

@@ -27,7 +27,7 @@ from raygpt.data.stream import READER_CPUS, StreamConfig, window_dataset
 from raygpt.storage import Folder, patiently
 from raygpt.train import state
 from raygpt.train.accounts import SCHEDULE
-from raygpt.train.callbacks import Farewell, Judge, ShortClaims, Timekeeper, find_user_error
+from raygpt.train.callbacks import Farewell, Judge, Settings, Timekeeper, find_user_error
 from raygpt.train.job import Job
 from raygpt.train.worker import segments_from, train_worker
 
@@ -35,6 +35,7 @@ RESIZE_CHECK_SECONDS = 5.0
 """How often Ray Train looks whether an elastic run can have more workers."""
 _DONE = 0
 """No signal has this number."""
+_NO_MORE = ""
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 _RAY_SETTINGS = {
     # Defaults of Ray in parentheses.  A user's own settings of these variables go first.
@@ -70,7 +71,8 @@ def fit(job: Job, control: Any, tell: Callable[[str], None]) -> int | None:
     # Ray Train would insist that all checkpoints of its own list are still there.
     job.run.delete_file(_RAY_SNAPSHOT)
     control.mark.remote(SCHEDULE, time.time())
-    threading.Thread(target=_hear, args=(control, tell), name="hear", daemon=True).start()
+    hearing = threading.Thread(target=_hear, args=(control, tell), name="hear", daemon=True)
+    hearing.start()
     trainer = _trainer(job, control)
     stopped_by = None
     with _signals() as signals, ThreadPoolExecutor(1, "fit") as executor:
@@ -83,6 +85,8 @@ def fit(job: Job, control: Any, tell: Callable[[str], None]) -> int | None:
             stopped_by = number
             ray.get(control.request.remote("stop"))
         error = done.exception()
+    control.say.remote(_NO_MORE)
+    hearing.join()  # a thread that asks Ray while the process ends would abort it
     if isinstance(error, ray.train.TrainingFailedError):
         raise find_user_error(error) or error from None
     if error is not None:
@@ -115,7 +119,7 @@ def _trainer(job: Job, control: Any) -> TorchTrainer:
             storage_path=Folder.from_path(config.run.storage).uri,
             failure_config=ray.train.FailureConfig(max_failures=-1),
             callbacks=[
-                ShortClaims(),  # type: ignore[list-item]
+                Settings(),  # type: ignore[list-item]
                 Timekeeper(control),  # type: ignore[list-item]
                 Judge(job.run),  # type: ignore[list-item]
                 Farewell(control, job.run),  # type: ignore[list-item]
@@ -130,6 +134,8 @@ def _hear(control: Any, tell: Callable[[str], None]) -> None:
     with suppress(ray.exceptions.RayError):
         while True:
             for text in ray.get(control.said.remote(heard)):
+                if text == _NO_MORE:
+                    return
                 heard += 1
                 tell(text)
 

@@ -16,10 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from raygpt.storage import Folder, explained, patiently
 from raygpt.train.accounts import Accounts
+from raygpt.train.board import Board
 
 METRICS, EVENTS, LEDGER = "metrics.jsonl", "events.jsonl", "ledger.jsonl"
 TENSORBOARD = "tensorboard"
@@ -149,14 +148,9 @@ class RunLog:
         since = self.last_kept or 0.0
         self.lost = [(e["attempt"], e["time"]) for e in ledger if e.get("time", 0.0) > since]
         """Attempt and end of each step after it."""
-        self._board: SummaryWriter | None = None
+        self._board: Board | None = None
         if not run.root:
-            self._board = SummaryWriter(
-                run.child(TENSORBOARD).path,
-                purge_step=step,
-                flush_secs=10,
-                filename_suffix=f".{self._attempt}",  # its names are equal within a second
-            )
+            self._board = Board(run.child(TENSORBOARD).path, step, f".{self._attempt}")
         self._error: BaseException | None = None
         self._writer = ThreadPoolExecutor(1, "log")
 
@@ -169,9 +163,8 @@ class RunLog:
         row = self._add_metrics(record)
         self._write(self._ledger, self._metrics)
         if self._board is not None and (board or "val_loss" in row):
-            for name in _SCALARS:
-                if row.get(name) is not None:
-                    self._board.add_scalar(name, row[name], row["step"])
+            scalars = {name: row[name] for name in _SCALARS if row.get(name) is not None}
+            self._board.add(row["step"], scalars)
 
     def _add_metrics(self, record: StepRecord) -> dict[str, Any]:
         self._accounts.add(record.metrics)

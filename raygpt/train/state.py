@@ -209,6 +209,8 @@ def open_checkpoint(folder: Folder) -> Checkpoint:
     where = folder.child(METADATA)
     try:
         metadata = json.loads(data)
+        if metadata.pop("sha256") != _content_sha256(metadata):
+            raise ValueError("its sha256 does not match")
         if metadata["format"] != FORMAT_VERSION:
             raise UserError(
                 f"{where} has format {metadata['format']}; this raygpt reads {FORMAT_VERSION}"
@@ -217,8 +219,6 @@ def open_checkpoint(folder: Folder) -> Checkpoint:
         entries: dict[str, FileEntry] = metadata["files"]
         if not is_whole_set(list(entries)):
             raise ValueError(f"its files are {', '.join(entries) or 'none'}")
-        if metadata.pop("sha256") != _content_sha256(metadata):
-            raise ValueError("its sha256 does not match")
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{where} is damaged: {type(error).__name__}: {error}") from error
     for name, entry in entries.items():
