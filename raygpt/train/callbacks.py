@@ -141,8 +141,7 @@ class Timekeeper(ControllerCallback, WorkerGroupCallback):
 def _is_planned(errors: dict[int, Exception]) -> bool:
     """Whether the workers end as asked, or because of a mistake that ends the run."""
     causes = [getattr(error, "_base_exc", None) for error in errors.values()]
-    mistake = any(isinstance(cause, UserError) for cause in causes)
-    return mistake or all(isinstance(cause, MakeWay) for cause in causes)
+    return any(isinstance(cause, UserError | MakeWay) for cause in causes)
 
 
 def _loss(errors: dict[int, Exception]) -> str:
