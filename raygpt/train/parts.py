@@ -38,7 +38,8 @@ def cut_into_parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[P
     states = {
         f"{key}.{name}": torch.as_tensor(value)
         for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        # By name: a state that was loaded has its tensors in any order, another in each process.
+        for key, value in sorted(optimizer.state.get(parameter, {}).items())
     }
     return [*_cut(WEIGHTS, parameters), *_cut(OPTIMIZER, states)]
 
