@@ -52,6 +52,35 @@ def test_steps_lost_and_not_redone_yet(run: Run) -> None:
     ]
 
 
+def test_steps_lost_beyond_the_end_of_a_run_that_was_shortened(run: Run) -> None:
+    """It was killed at step 29, and submitted again with an end at step 20."""
+    run.play(stop=29)
+    run.save(15)
+    run.shorten(20)
+    run.play(first=15, stop=20)
+    run.save(20)
+    report = run.audit()
+    assert report.ok and report.steps == 20
+    assert report.findings.notes == [
+        "steps 20 to 28 lost, and not due any more: the run was shortened to 20",
+        "steps 15 to 19 lost and redone with the same batches",
+    ]
+
+
+def test_steps_beyond_the_end_are_not_lost_but_wrong(run: Run) -> None:
+    """Where nothing took them back, or they do not follow on what was done."""
+    run.play()
+    run.save()
+    lines = run.rows(LEDGER)
+    run.rewrite(
+        LEDGER, [*lines[:8], {**lines[8], "step": 10**12}, *lines[8:], {**lines[29], "step": 30}]
+    )
+    assert run.wrong() == [
+        f"a line of {LEDGER} is of step {10**12}; the run has 30",
+        f"a line of {LEDGER} is of step 30; the run has 30",
+    ]
+
+
 def test_the_last_steps_are_missing(run: Run) -> None:
     """The run says that it is finished."""
     run.play(stop=27)

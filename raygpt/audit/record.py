@@ -210,9 +210,9 @@ def _setting(config: Config, name: str) -> Any:
 
 
 def _read_rows(
-    folder: Folder, name: str, limit: int, valid: Callable[[Row], bool], findings: Findings
+    folder: Folder, name: str, limit: int | None, valid: Callable[[Row], bool], findings: Findings
 ) -> list[Row]:
-    """The objects of a file of JSON lines that are entries of a step below ``limit``."""
+    """The objects of a file of JSON lines that are entries of a step, below a limit or any."""
     data = folder.read_bytes(name)
     *lines, rest = data.split(b"\n")
     if rest:
@@ -226,13 +226,16 @@ def _read_rows(
         except (ValueError, RecursionError):
             findings.add("lines", f"line {number} of {name} is no entry of a step")
             continue
-        if 0 <= row["step"] < limit:
+        if row["step"] >= 0 and (limit is None or row["step"] < limit):
             rows.append(row)
         else:
-            findings.add(
-                "lines", f"line {number} of {name} is of step {row['step']}; the run has {limit:,}"
-            )
+            where = f"line {number} of {name}"
+            findings.add("lines", _no_step_of_the_run(where, row["step"], limit))
     return rows
+
+
+def _no_step_of_the_run(where: str, step: int, limit: int | None) -> str:
+    return f"{where} is of step {step}" + (f"; the run has {limit:,}" if limit is not None else "")
 
 
 def _is_metrics(row: Row) -> bool:
@@ -274,12 +277,24 @@ def _read_ledger(
         return {}, []
     standing: list[LedgerRow] = []
     lost: list[LedgerRow] = []
-    for row in _read_rows(folder, LEDGER, limit, valid, findings):
+    for row in _read_rows(folder, LEDGER, None, valid, findings):
         entry = LedgerRow(row["step"], row["attempt"], tuple(row["lanes"]))
+        if entry.step >= limit and not (standing and standing[-1].step == entry.step - 1):
+            findings.add("lines", _no_step_of_the_run(f"a line of {LEDGER}", entry.step, limit))
+            continue
         while standing and standing[-1].step >= entry.step:
             lost.append(standing.pop())
         standing.append(entry)
-    return {entry.step: entry for entry in standing}, lost
+    while standing and standing[-1].step >= limit:
+        findings.add(
+            "lines", _no_step_of_the_run(f"a line of {LEDGER}", standing.pop().step, limit)
+        )
+    beyond = [entry.step for entry in lost if entry.step >= limit]
+    if beyond:
+        findings.notes.append(
+            f"{steps(beyond)} lost, and not due any more: the run was shortened to {limit:,}"
+        )
+    return {entry.step: entry for entry in standing}, [e for e in lost if e.step < limit]
 
 
 def _beyond(in_metrics: int, saved: list[Saved], findings: Findings) -> Saved | None:

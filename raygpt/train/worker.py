@@ -245,7 +245,10 @@ class Worker:
         Raises:
             RuntimeError: workers see different checkpoints; a restart looks again.
         """
-        checkpoint = patiently(lambda: state.latest(self.job.run), self.config.run.storage_patience)
+        tell = self.listener.say if self.rank == 0 else lambda _: None
+        checkpoint = patiently(
+            lambda: state.latest(self.job.run, tell), self.config.run.storage_patience
+        )
         position = Position()
         self.rescued: list[StepRecord] = []
         if checkpoint is not None:
