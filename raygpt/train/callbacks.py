@@ -36,6 +36,7 @@ from raygpt.storage import Folder, reason_of
 from raygpt.train import state
 from raygpt.train.accounts import SCHEDULE, START
 from raygpt.train.control import MakeWay
+from raygpt.train.machines import look_before_scaling
 
 logger = logging.getLogger("ray.train")
 MAX_STARTS_WITHOUT_A_CHECKPOINT = 5
@@ -58,6 +59,7 @@ class Settings(ControllerCallback):
     def after_controller_start(self, train_run_context: Any) -> None:
         claims.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = CLAIM_SECONDS
         claims.AUTOSCALING_REQUESTS_INTERVAL_S = CLAIM_SECONDS // 3
+        look_before_scaling()
         CheckpointManager._write_state_to_storage = lambda _: None  # type: ignore[method-assign]
 
 
