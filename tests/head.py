@@ -153,9 +153,10 @@ class Head:
                 time.sleep(0.2)
 
     @property
-    def logs(self) -> Path:
-        """Folder of all that Ray and its workers write down."""
-        return self.folder
+    def logs(self) -> list[Path]:
+        """All files that Ray and its workers wrote; copies of the repository are none of them."""
+        paths = (p for p in self.folder.rglob("*") if "runtime_resources" not in p.parts)
+        return [path for path in paths if path.is_file() and not path.is_symlink()]
 
     @property
     def environment(self) -> dict[str, str]:

@@ -56,7 +56,7 @@ def live(run: Run) -> dict[str, Tensor]:
     states = {
         f"{key}.{name}": value
         for name, parameter in run.model.named_parameters()
-        for key, value in run.optimizer.state[parameter].items()
+        for key, value in sorted(run.optimizer.state[parameter].items())
     }
     return {**{name: p.detach() for name, p in run.model.named_parameters()}, **states}
 

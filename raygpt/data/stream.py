@@ -71,12 +71,20 @@ class WindowSource(Datasource):
         return tasks
 
 
-def window_dataset(plan: ReadPlan, segments: Segments, token_bytes: int) -> Dataset:
-    """The dataset of all blocks after segment 0."""
+def window_dataset(
+    plan: ReadPlan, segments: Segments, token_bytes: int, readers: int = 2
+) -> Dataset:
+    """The dataset of all blocks after segment 0.
+
+    Args:
+        readers: read tasks at a time.  Their small CPU share would let ten of them start on every
+            idle CPU, each a process whose imports take seconds of it.
+    """
     blocks = max(0, segments.count - 1) * plan.lanes
     return ray.data.read_datasource(
         WindowSource(plan, segments, token_bytes),
         num_cpus=READER_CPUS,
+        concurrency=readers,
         override_num_blocks=max(1, blocks),
     )
 

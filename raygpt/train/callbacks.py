@@ -19,12 +19,7 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
-from ray.train.v2._internal.execution.scaling_policy import (
-    ResizeDecision,
-)
-from ray.train.v2._internal.execution.scaling_policy import (
-    autoscaling_coordinator_client as claims,
-)
+from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2._internal.execution.worker_group import (
     WorkerGroup,
     WorkerGroupContext,
@@ -36,30 +31,22 @@ from raygpt.storage import Folder, reason_of
 from raygpt.train import state
 from raygpt.train.accounts import SCHEDULE, START
 from raygpt.train.control import MakeWay
-from raygpt.train.machines import look_before_scaling
 
 logger = logging.getLogger("ray.train")
 MAX_STARTS_WITHOUT_A_CHECKPOINT = 5
 CHECKPOINT_SECONDS = 60.0
 """How long workers that are to end have for a last checkpoint."""
-CLAIM_SECONDS = 30
 GRACE_SECONDS = 2.0
 """When one worker has saved its state, how much longer than it the others may take."""
 
 
-class Settings(ControllerCallback):
-    """What Ray Train's controller has no settings for; takes effect in its process.
+class NoSnapshots(ControllerCallback):
+    """Keeps Ray Train's controller from writing its own list of checkpoints into a run's folder.
 
-    An elastic run's claim on the cluster's resources ends soon after its driver: it is renewed
-    while the controller lives; with Ray's 180 s, the successor of a driver that was killed would
-    wait so long for the same machines.  And Ray's own list of checkpoints is not written: raygpt
-    does not read it, and a write that the storage refuses would end the run.
+    raygpt does not read it, and a write that the storage refuses would end the run.
     """
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        claims.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = CLAIM_SECONDS
-        claims.AUTOSCALING_REQUESTS_INTERVAL_S = CLAIM_SECONDS // 3
-        look_before_scaling()
         CheckpointManager._write_state_to_storage = lambda _: None  # type: ignore[method-assign]
 
 
@@ -173,12 +160,15 @@ class Farewell(ControllerCallback, WorkerGroupCallback):
         self._resizing = type(previous_state).__name__ == "ResizingState"
 
     def before_controller_execute_resize_decision(self, resize_decision: ResizeDecision) -> None:
-        if not self._resizing:
+        if not self._resizing or self._group is None:
             return  # there is no group to ask
         newest = max(state.steps_of(self._run), default=0)
         ray.get(self._control.request.remote("make_way"), timeout=CHECKPOINT_SECONDS)
-        with contextlib.suppress(TimeoutError):
-            state.wait_for_newer(self._run, newest, CHECKPOINT_SECONDS)
+        deadline = time.monotonic() + CHECKPOINT_SECONDS
+        while time.monotonic() < deadline and not state.is_newer(self._run, newest):
+            if self._group.poll_status(timeout=1.0).errors:
+                return  # it has left, or broke meanwhile: what is left of it saves its state
+            time.sleep(0.05)
 
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
         self._group = worker_group

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Container
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +48,7 @@ def run(config: Config, dry_run: bool = False, began: float | None = None) -> No
     if not dry_run:
         Folder.from_path(config.run.storage).check_writable()
     job = resolve(config)
-    checkpoint = _find_checkpoint(job, console)
+    checkpoint, known = _find_checkpoint(job, console)
     rows = derived(job)
     if checkpoint is not None:
         rows["resumed from"] = f"{checkpoint.folder} (step {checkpoint.position.step:,})"
@@ -64,7 +65,8 @@ def run(config: Config, dry_run: bool = False, began: float | None = None) -> No
         control = start_control(job.run, began)
         job.run.write_bytes(CONFIG, json.dumps(job.settings(), indent=1).encode())
         with Follower(job.run, console, step, config.train.steps, config.train.log_every):
-            stopped_by = fit(job, control, lambda text: say(console, f"warning: {text}"))
+            # Workers look for the checkpoint, too, and find the same damage.
+            stopped_by = fit(job, control, lambda text: _warn(console, text, known))
         if stopped_by is not None:
             _say_accounts(job, console, began)
             say(console, f"stopped; submit the run again, and it goes on: {job.run}")
@@ -74,12 +76,23 @@ def run(config: Config, dry_run: bool = False, began: float | None = None) -> No
     _conclude(job, console, began)
 
 
-def _find_checkpoint(job: Job, console: Console) -> state.Checkpoint | None:
-    """The checkpoint to go on from, once it is sure that the run may go on."""
-    checkpoint = state.latest(job.run, lambda text: say(console, f"warning: {text}"))
+def _warn(console: Console, text: str, known: Container[str] = ()) -> None:
+    if text not in known:
+        say(console, f"warning: {text}")
+
+
+def _find_checkpoint(job: Job, console: Console) -> tuple[state.Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, once it is sure that the run may go on; the warnings said."""
+    said: list[str] = []
+
+    def warn(text: str) -> None:
+        said.append(text)
+        _warn(console, text)
+
+    checkpoint = state.latest(job.run, warn)
     if checkpoint is not None:
         check_identity(job, checkpoint.metadata["identity"])
-    return checkpoint
+    return checkpoint, said
 
 
 def _say_accounts(job: Job, console: Console, began: float) -> None:

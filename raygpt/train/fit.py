@@ -21,14 +21,16 @@ import ray.train
 import torch
 from ray.data import Dataset
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from raygpt import device as devices
 from raygpt.data.stream import READER_CPUS, StreamConfig, window_dataset
 from raygpt.storage import Folder, patiently
 from raygpt.train import state
 from raygpt.train.accounts import SCHEDULE
-from raygpt.train.callbacks import Farewell, Judge, Settings, Timekeeper, find_user_error
+from raygpt.train.callbacks import Farewell, Judge, NoSnapshots, Timekeeper, find_user_error
 from raygpt.train.job import Job
+from raygpt.train.machines import LivingMachines
 from raygpt.train.worker import segments_from, train_worker
 
 RESIZE_CHECK_SECONDS = 5.0
@@ -52,7 +54,8 @@ def _window_dataset(job: Job) -> Dataset:
     """The stream from the latest checkpoint on; runs whenever a group of workers starts."""
     checkpoint = patiently(lambda: state.latest(job.run), job.config.run.storage_patience)
     start = checkpoint.position.step if checkpoint else 0
-    return window_dataset(job.plan, segments_from(job, start), job.token_bytes)
+    readers = max(2, job.config.scale.max_workers)  # each worker leaves room for one
+    return window_dataset(job.plan, segments_from(job, start), job.token_bytes, readers)
 
 
 def fit(job: Job, control: Any, tell: Callable[[str], None]) -> int | None:
@@ -95,13 +98,22 @@ def fit(job: Job, control: Any, tell: Callable[[str], None]) -> int | None:
     return None if finished else stopped_by
 
 
+class _Trainer(TorchTrainer):
+    """Its elastic runs count on living machines only; Ray types it as its first version's."""
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
+        if isinstance(arguments["scaling_policy"], ElasticScalingPolicy):
+            arguments["scaling_policy"] = LivingMachines(self.scaling_config)  # type: ignore[arg-type]
+        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
+
+
 def _trainer(job: Job, control: Any) -> TorchTrainer:
     config, scale = job.config, job.config.scale
     elastic = scale.min_workers < scale.max_workers
     workers = (scale.min_workers, scale.max_workers) if elastic else scale.max_workers
     gpus = {"GPU": float(scale.gpus_per_worker)} if scale.gpus_per_worker else {}
     device = torch.device("cuda" if gpus else "cpu")
-    return TorchTrainer(
+    return _Trainer(
         train_worker,
         train_loop_config={"job": job, "control": control},
         torch_config=TorchConfig(backend=devices.backend(device)),
@@ -119,7 +131,7 @@ def _trainer(job: Job, control: Any) -> TorchTrainer:
             storage_path=Folder.from_path(config.run.storage).uri,
             failure_config=ray.train.FailureConfig(max_failures=-1),
             callbacks=[
-                Settings(),  # type: ignore[list-item]
+                NoSnapshots(),  # type: ignore[list-item]
                 Timekeeper(control),  # type: ignore[list-item]
                 Judge(job.run),  # type: ignore[list-item]
                 Farewell(control, job.run),  # type: ignore[list-item]

@@ -1,4 +1,4 @@
-"""Which machines the next group of an elastic run may count on.
+"""Which machines an elastic run may count on.
 
 Ray Train asks a coordinator that looks at the cluster every 20 seconds.  So a machine that has
 just died still counts, and a group that was to run there waits for its time-out; a machine that
@@ -13,46 +13,78 @@ from typing import Any
 
 import ray
 from ray._private.state import state as ray_state
-from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    ScalingDecision,
+)
+from ray.train.v2._internal.execution.scaling_policy import (
+    autoscaling_coordinator_client as claims,
+)
 
 logger = logging.getLogger("ray.train")
 ANSWER_SECONDS = 1.0
 """In which a machine takes a connection: its kernel does, however busy it is."""
 COORDINATOR_SECONDS = 10.0
+CLAIM_SECONDS = 30
+"""How long a run's claim on the cluster outlives its driver; renewed while that lives.  With
+Ray's 180 s, the successor of a driver that was killed would wait so long for the same machines."""
+
+Reserved = dict[str, dict[str, float]]
+"""Resources that are kept for a run, by node."""
 
 
-def look_before_scaling() -> None:
-    """Let every elastic run that this process controls count on living machines only."""
-    ElasticScalingPolicy._get_reserved_resources = _reserved  # type: ignore[method-assign, assignment]
+class LivingMachines(ElasticScalingPolicy):
+    """Ray Train's policy for elastic runs, on machines that are there and will stay."""
+
+    _starting = False
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        claims.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = CLAIM_SECONDS
+        claims.AUTOSCALING_REQUESTS_INTERVAL_S = CLAIM_SECONDS // 3
+        super().after_controller_start(train_run_context)
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._starting = True
+        try:
+            return super().make_decision_for_non_running_worker_group()
+        finally:
+            self._starting = False
+
+    def _get_reserved_resources(self) -> Reserved | None:
+        try:
+            reserved: Reserved = ray.get(
+                self._autoscaling_coordinator.get_reserved_resources.remote(
+                    self._requester_id, recompute=True
+                ),
+                timeout=COORDINATOR_SECONDS,
+            )
+        except ray.exceptions.RayError:  # asked again soon; until then nothing changes
+            logger.warning("cannot ask for the resources of the run", exc_info=True)
+            return None
+        # A group that runs notices by itself what does not answer.
+        return staying(reserved, answering=self._starting)
 
 
-def _reserved(policy: Any) -> dict[str, dict[str, float]] | None:
-    """What the coordinator keeps for a run, by node; None if it does not say."""
-    try:
-        # Kept for the policy by its requester id; the attributes are Ray Train's.
-        reserved = ray.get(
-            policy._autoscaling_coordinator.get_reserved_resources.remote(
-                policy._requester_id, recompute=True
-            ),
-            timeout=COORDINATOR_SECONDS,
-        )
-    except Exception:  # a slow answer, as a lost one, changes nothing
-        logger.warning("cannot ask for the resources of the run", exc_info=True)
-        return None
+def staying(reserved: Reserved, answering: bool) -> Reserved:
+    """Of the machines that are kept for a run, those that live and will not be drained.
+
+    Args:
+        answering: only those that take a connection, too.
+    """
     going = ray_state.get_draining_nodes()
     return {
         node["NodeID"]: reserved[node["NodeID"]]
         for node in ray.nodes()
-        if node["NodeID"] in reserved and node["NodeID"] not in going and _answers(node)
+        if node["NodeID"] in reserved
+        and node["Alive"]
+        and node["NodeID"] not in going
+        and (not answering or _answers(node["NodeManagerAddress"], node["NodeManagerPort"]))
     }
 
 
-def _answers(node: dict[str, Any]) -> bool:
-    """Whether a node takes a connection; Ray itself needs seconds to find out."""
-    if not node["Alive"]:
-        return False
-    place = node["NodeManagerAddress"], node["NodeManagerPort"]
+def _answers(address: str, port: int) -> bool:
+    """Whether a machine takes a connection; Ray itself needs seconds to find out."""
     with contextlib.suppress(OSError):
-        socket.create_connection(place, timeout=ANSWER_SECONDS).close()
+        socket.create_connection((address, port), timeout=ANSWER_SECONDS).close()
         return True
     return False

@@ -8,7 +8,6 @@ state before step k: k steps are done.
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -279,17 +278,9 @@ def is_finished(run: Folder, step: int) -> bool:
     return run.child(checkpoint_name(step)).exists(METADATA)
 
 
-def wait_for_newer(run: Folder, step: int, seconds: float) -> None:
-    """Wait until a checkpoint of a later step is finished.
-
-    Raises:
-        TimeoutError: there was none in so many seconds.
-    """
-    deadline = time.monotonic() + seconds
-    while not any(found > step and is_finished(run, found) for found in steps_of(run)):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"no checkpoint after step {step} in {seconds:g} s")
-        time.sleep(0.05)
+def is_newer(run: Folder, step: int) -> bool:
+    """Whether a checkpoint of a later step is finished."""
+    return any(found > step and is_finished(run, found) for found in steps_of(run))
 
 
 def prune(run: Folder, newest: Checkpoint) -> None:
