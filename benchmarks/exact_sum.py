@@ -1,6 +1,6 @@
 """The price of the canonical sum: a training step with it, against DDP's own all-reduce.
 
-    python benchmarks/exact_sum.py [--short] [--rounds 20] [--steps 10]
+    python -m benchmarks.exact_sum [--short] [--rounds 20] [--steps 10]
 
 Both sides train the same model on the same windows in the same processes, in turns of a few
 steps.  Lines with as many lanes as workers show the sum alone; where there are more, a worker
@@ -11,9 +11,7 @@ they show how quiet the machine was.  Workers should not outnumber cores.
 """
 
 import argparse
-import multiprocessing
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.processes import on_processes
 from raygpt.config import ModelConfig, OptimConfig
 from raygpt.data.order import Segments
 from raygpt.data.stream import StepWindows
@@ -111,12 +110,11 @@ def measure(sides: list[Step], rounds: int, steps: int) -> list[list[float]]:
     return times
 
 
-def worker(rank: int, port: int, case: tuple[str, int, int], rounds: int, steps: int) -> None:
-    """One of the processes; rank 0 prints."""
+def compare(case: tuple[str, int, int], rounds: int, steps: int) -> None:
+    """What each of the processes does; rank 0 prints."""
     name, workers, lanes = case
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     set_up(torch.device("cpu"), 1, True)
-    dist.init_process_group("gloo", rank=rank, world_size=workers)
+    rank = dist.get_rank()
     config, count = MODELS[name]
     owners = Segments(0, 1 << 30, 1 << 30, lanes).owners(0, workers)
     random = np.random.default_rng(rank)
@@ -137,24 +135,6 @@ def worker(rank: int, port: int, case: tuple[str, int, int], rounds: int, steps:
             f"({low:.3f} to {high:.3f})",
             flush=True,
         )
-    dist.destroy_process_group()
-
-
-def run(case: tuple[str, int, int], rounds: int, steps: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=worker, args=(rank, port, case, rounds, steps))
-        for rank in range(case[1])
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit("a worker failed")
 
 
 def main() -> None:
@@ -165,9 +145,11 @@ def main() -> None:
     arguments = parser.parse_args()
     cases = [CASES[0], CASES[2]] if arguments.short else CASES
     rounds = arguments.rounds or (4 if arguments.short else 20)
+    if rounds < 2:
+        parser.error("--rounds: two at least, for the quartiles")
     print(f"{cpu_kind()}, {os.cpu_count()} cores, torch {torch.__version__}, 1 thread a worker")
     for case in cases:
-        run(case, rounds, arguments.steps)
+        on_processes(case[1], compare, case, rounds, arguments.steps)
 
 
 if __name__ == "__main__":
