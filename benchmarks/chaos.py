@@ -1,10 +1,12 @@
 """A run that is disturbed by a random schedule of faults, against the same run left alone.
 
-    python -m benchmarks.chaos [--events 20] [--seed 1] [--nodes 3] [--output docs/chaos]
+    python -m benchmarks.chaos [--events 20] [--seed 1] [--nodes 3] [--apart 60] [--plain]
+        [--output docs/chaos]
 
 Needs root (each node is a host of its own, in a network namespace) and the extras test and bench.
 Prints what each event cost, checks that the two runs are the same bit for bit, and writes
-OUTPUT.png and OUTPUT.md.  Exit status 1 if anything differs.
+OUTPUT.png and OUTPUT.md.  Exit status 1 if anything differs.  With --plain the same schedule then
+strikes the program of plain_ray.py, on a cluster with Ray's own settings.
 """
 
 import argparse
@@ -13,6 +15,8 @@ import statistics
 import sys
 import tempfile
 import uuid
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 # Before Ray is imported, which reads them once.
@@ -26,20 +30,41 @@ from chaos import checks
 from chaos.cluster import Cluster
 from chaos.faults import EVERYWHERE, FAULTS
 from chaos.runner import Disturber, Outcome
-from chaos.schedule import schedule
+from chaos.schedule import Event, schedule
 from chaos.trial import Trial
 
 from raygpt.device import cpu_kind
-from raygpt.train.accounts import Accounts
 
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
 TOKENS = 4096
-APART = 60
-"""Steps between two events, at least."""
-GOALS = {"rank 0": 20, "worker": 20, "node": 30, "drain": 20, "add": 20}
+PLAIN_EVERY = 100
+"""Steps between the plain program's checkpoints."""
+PLAIN_PATIENCE = 900.0
+GOALS = {"rank 0": 20, "worker": 20, "node": 30, "add": 20}
 """Seconds; "add" is a resize, whose pause counts, since a machine takes its time to start."""
+
+
+@dataclass(frozen=True)
+class PlainTrial(Trial):
+    """The plain program with the same settings."""
+
+    @property
+    def program(self) -> list[str]:
+        settings = (str(self.folder / "run.yaml"), self.name, str(self.steps), str(PLAIN_EVERY))
+        return ["python", "benchmarks/plain_ray.py", *settings]
+
+
+def goodput(trial: Trial) -> float:
+    """Share of wall time, from the first step's end to the last's, in steps that count."""
+    ledger = trial.ledger()
+    took = {
+        line["step"]: line["time"] - before["time"]  # of several times, the last one counts
+        for before, line in pairwise(ledger)
+        if line["attempt"] == before["attempt"]
+    }
+    return sum(took.values()) / (ledger[-1]["time"] - ledger[0]["time"])
 
 
 def costs(outcomes: list[Outcome], redone: list[int]) -> list[str]:
@@ -97,40 +122,67 @@ def draw(quiet: Trial, disturbed: Trial, outcomes: list[Outcome], path: Path) ->
     figure.savefig(path, dpi=130)
 
 
+def disturb_plain(folder: Path, events: tuple[Event, ...], steps: int, nodes: int) -> list[str]:
+    """Let the same schedule strike the plain program; a row of the comparison."""
+    with Cluster(nodes, environment={}) as cluster:
+        trial = PlainTrial(folder, "plain", steps)
+        disturber = Disturber(cluster, trial, size=nodes - 1, patience=PLAIN_PATIENCE)
+        outcomes = disturber.run(events)
+    return comparison("plain Ray Train", trial, outcomes)
+
+
+def comparison(name: str, trial: Trial, outcomes: list[Outcome]) -> list[str]:
+    """One row: what all events together cost."""
+    ledger = trial.ledger()
+    wall = ledger[-1]["time"] - ledger[0]["time"]
+    median = statistics.median(outcome.seconds for outcome in outcomes)
+    again = sum(checks.redone(trial, outcomes))
+    return [f"| {name} | {wall:.0f} | {goodput(trial):.0%} | {median:.1f} | {again} |"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--events", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--apart", type=int, default=60, help="steps between events, at least")
+    parser.add_argument("--plain", action="store_true", help="compare with plain Ray Train")
     parser.add_argument("--output", type=Path, default=Path("docs/chaos"))
     arguments = parser.parse_args()
-    steps = 2 * APART * (arguments.events + 1)
-    with tempfile.TemporaryDirectory() as name, Cluster(arguments.nodes) as cluster:
+    steps = 2 * arguments.apart * (arguments.events + 1)
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         Trial.prepare(folder, TOKENS)
-        kinds = tuple(FAULTS) if cluster.can_be_cut else EVERYWHERE
-        events = schedule(arguments.seed, arguments.events, kinds, steps, APART)
         disturbed, quiet = Trial(folder, "disturbed", steps), Trial(folder, "quiet", steps)
-        outcomes = Disturber(cluster, disturbed, size=arguments.nodes - 1).run(events)
-        Disturber(cluster, quiet, size=1).run([])
+        with Cluster(arguments.nodes) as cluster:
+            kinds = tuple(FAULTS) if cluster.can_be_cut else EVERYWHERE
+            events = schedule(arguments.seed, arguments.events, kinds, steps, arguments.apart)
+            outcomes = Disturber(cluster, disturbed, size=arguments.nodes - 1).run(events)
+            Disturber(cluster, quiet, size=1).run([])
         status, proof = checks.audit(disturbed)
         wrong = checks.differences(checks.result(quiet), checks.result(disturbed))
         opened = checks.open_all(disturbed)
-        redone = checks.redone(disturbed, outcomes)
-        goodput = {t.name: Accounts(t.rows()).goodput for t in (quiet, disturbed)}
         draw(quiet, disturbed, outcomes, arguments.output.with_suffix(".png"))
-    command = f"python -m benchmarks.chaos --events {arguments.events} --seed {arguments.seed}"
-    report = [
-        f"`{command}` on {os.cpu_count()} cores ({cpu_kind()}), {arguments.nodes} nodes: "
-        f"{steps:,} steps, {len(outcomes)} events; weights "
-        f"{'equal bit for bit' if not wrong else 'DIFFER'}; {len(opened)} checkpoints verified.",
-        "",
-        *costs(outcomes, redone),
-        "",
-        f"Goodput, the share of wall time in steps that count: {goodput['disturbed']:.0%}; left "
-        f"alone {goodput['quiet']:.0%}.",
-    ]
-    print("\n".join([*report, *wrong, proof]))
+        command = f"python -m benchmarks.chaos --events {arguments.events} --seed {arguments.seed}"
+        report = [
+            f"`{command}` on {os.cpu_count()} cores ({cpu_kind()}), {arguments.nodes} nodes: "
+            f"{steps:,} steps, {len(outcomes)} events; weights "
+            f"{'DIFFER' if wrong else 'equal bit for bit'}; {len(opened)} checkpoints verified.",
+            "",
+            *costs(outcomes, checks.redone(disturbed, outcomes)),
+            "",
+            "Goodput is the share of wall time in steps that count; left alone, raygpt's is "
+            f"{goodput(quiet):.0%}.",
+            "",
+            "| the same schedule | wall seconds | goodput | median recovery, s | steps again |",
+            "| --- | ---: | ---: | ---: | ---: |",
+            *comparison("raygpt", disturbed, outcomes),
+        ]
+        print("\n".join([*report, *wrong, proof]), flush=True)
+        if arguments.plain:
+            row = disturb_plain(folder, events, steps, arguments.nodes)
+            print(*row)
+            report += row
     arguments.output.with_suffix(".md").write_text("\n".join(report) + "\n")
     if wrong or status:
         raise SystemExit(1)

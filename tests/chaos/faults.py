@@ -106,11 +106,16 @@ def drain_node(field: Field, target: int) -> str:
     return node.host.address
 
 
-def leave(field: Field, noticed: float) -> None:
-    """The announced loss: when the machine holds no workers any more, or its time is up."""
-    if field.leaving is None:
+def leave(field: Field, noticed: float, patient: bool = True) -> None:
+    """The announced loss: when the machine holds no workers any more, or its time is up.
+
+    Args:
+        patient: wait for it; otherwise nothing happens before that time.
+    """
+    end = noticed + NOTICE_SECONDS
+    if field.leaving is None or (not patient and time.time() < end):
         return
-    while field.leaving.workers() and time.time() < noticed + NOTICE_SECONDS:
+    while field.leaving.workers() and time.time() < end:
         time.sleep(0.1)
     field.cluster.kill(field.leaving)
     field.leaving = None

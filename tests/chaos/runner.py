@@ -11,7 +11,7 @@ from pathlib import Path
 from chaos import faults
 from chaos.cluster import Cluster
 from chaos.schedule import Event
-from chaos.trial import Trial
+from chaos.trial import MAX_WORKERS, Trial
 
 POLL_SECONDS = 0.02
 
@@ -24,7 +24,7 @@ class Outcome:
     struck: str
     """Process or machine that it struck."""
     scheduled: bool
-    """Not scheduled is a node that replaces a lost one."""
+    """Not scheduled is a node that replaces a lost one, or makes room for a new one."""
     step: int
     """The last step that was finished when it happened."""
     time: float
@@ -93,6 +93,9 @@ class Disturber:
                 self._wait(partial(self._has_reached, event.step), "reach the next event")
                 if closing and event is events[-1]:
                     self.trial = replace(self.trial, steps=self._step() + closing)
+                if event.kind == "add" and len(self.cluster.nodes) >= MAX_WORKERS:
+                    self._strike("node", event.target, scheduled=False)
+                    self._settle()
                 self._strike(event.kind, event.target, scheduled=True)
                 self._settle()
             self._wait(lambda: self._process_ended(), "end", self.patience * 10)
@@ -164,6 +167,7 @@ class Disturber:
 
         def trains() -> bool:
             nonlocal seen, last
+            faults.leave(self._field, outcome.time, patient=False)
             newest, begun = self.trial.newest(), self.trial.starts()
             assert newest is not None
             if len(begun) == starts:
@@ -193,7 +197,8 @@ class Disturber:
 
     def _is_full(self) -> bool:
         newest = self.trial.newest()
-        return newest is not None and newest["world_size"] == len(self.cluster.nodes)
+        size = min(len(self.cluster.nodes), MAX_WORKERS)
+        return newest is not None and newest["world_size"] == size
 
     def _step(self) -> int:
         newest = self.trial.newest()

@@ -9,16 +9,17 @@ from typing import Any
 from raygpt.data.prepare import prepare
 from raygpt.train.progress import EVENTS, LEDGER, METRICS
 
-SETTINGS = """
-run: {storage: STORAGE}
-data: {corpus: CORPUS, segment_steps: 100}
-model: {n_layer: 2, n_head: 2, n_embd: 32, block_size: 32, vocab_size: 264, dropout: 0.1}
-batch: {tokens: TOKENS, lanes: 4, micro: 8}
-optim: {max_lr: 3.0e-3, warmup_steps: 20, decay_tokens: 20000000}
+MAX_WORKERS = 3
+SETTINGS = f"""
+run: {{storage: STORAGE}}
+data: {{corpus: CORPUS, segment_steps: 100}}
+model: {{n_layer: 2, n_head: 2, n_embd: 32, block_size: 32, vocab_size: 264, dropout: 0.1}}
+batch: {{tokens: TOKENS, lanes: 4, micro: 8}}
+optim: {{max_lr: 3.0e-3, warmup_steps: 20, decay_tokens: 20000000}}
 train:
-  {log_every: 50, eval_every: 100, eval_tokens: 4096, checkpoint_every: 250,
-  sample_prompt: "", precision: fp32}
-scale: {workers: "1:3", gpus_per_worker: 0}
+  {{log_every: 50, eval_every: 100, eval_tokens: 4096, checkpoint_every: 250,
+  sample_prompt: "", precision: fp32}}
+scale: {{workers: "1:{MAX_WORKERS}", gpus_per_worker: 0}}
 """
 _LINE_BYTES = 4096
 
