@@ -4,6 +4,8 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+import ray
+from ray._private.state import state as ray_state
 
 from raygpt.train import machines
 
@@ -41,8 +43,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch, open_port: int, closed_port: int) -
         node("drained", port=open_port),
         node("of others", port=open_port),
     ]
-    monkeypatch.setattr(machines.ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(machines.ray_state, "get_draining_nodes", lambda: {"drained": 0})
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray_state, "get_draining_nodes", lambda: {"drained": 0})
 
 
 RESERVED = dict.fromkeys(("well", "silent", "dead", "drained", "unheard of"), CPU)
