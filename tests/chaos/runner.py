@@ -91,12 +91,11 @@ class Disturber:
             self._wait(self._is_full, "begin")
             for event in events:
                 self._wait(partial(self._has_reached, event.step), "reach the next event")
-                if closing and event is events[-1]:
-                    self.trial = replace(self.trial, steps=self._step() + closing)
                 if event.kind == "add" and len(self.cluster.nodes) >= MAX_WORKERS:
                     self._strike("node", event.target, scheduled=False)
                     self._settle()
-                self._strike(event.kind, event.target, scheduled=True)
+                last = closing if event is events[-1] else 0
+                self._strike(event.kind, event.target, scheduled=True, closing=last)
                 self._settle()
             self._wait(lambda: self._process_ended(), "end", self.patience * 10)
             self._ended_well()
@@ -130,8 +129,12 @@ class Disturber:
             self._process.kill()
             self._process.wait()
 
-    def _strike(self, kind: str, target: int, scheduled: bool) -> None:
-        """Let a fault happen and wait until the run is past it."""
+    def _strike(self, kind: str, target: int, scheduled: bool, closing: int = 0) -> None:
+        """Let a fault happen and wait until the run is past it.
+
+        Args:
+            closing: see :meth:`run`; counted from the last step of the job that ends.
+        """
         newest, starts = self.trial.newest(), len(self.trial.starts())
         line = len(self.trial.ledger())
         assert newest is not None
@@ -152,6 +155,8 @@ class Disturber:
             self._wait(self._process_ended, "end")
             if kind == "head":
                 self.cluster.start()
+            if closing:
+                self.trial = replace(self.trial, steps=self._step() + 1 + closing)
             self._submit()
         last = self._await_start(starts, outcome)
         outcome.pause = outcome.next_time - last
