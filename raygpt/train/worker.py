@@ -18,12 +18,11 @@ import torch.distributed as dist
 
 from raygpt import device as devices
 from raygpt.data.corpus import open_corpus
-from raygpt.data.hashes import batch_hash
 from raygpt.data.order import Segments
 from raygpt.data.reader import WindowReader
 from raygpt.data.stream import StepWindows, lane_steps, stream_blocks
 from raygpt.errors import UserError
-from raygpt.model import GPT, flops_per_token
+from raygpt.model import GPT
 from raygpt.optim import build_optimizer, lr_at
 from raygpt.storage import patiently
 from raygpt.train import state
@@ -31,6 +30,7 @@ from raygpt.train.accounts import FIRST_STEP, RESTORE, TRAIN, Stopwatch, restart
 from raygpt.train.control import STOP, Listener, MakeWay
 from raygpt.train.job import Job
 from raygpt.train.progress import RunLog, StepRecord
+from raygpt.train.records import Recorder
 from raygpt.train.reduce import data_parallel
 from raygpt.train.saver import Saver
 from raygpt.train.state import Position
@@ -75,6 +75,7 @@ class Worker:
         self.device = devices.worker_device(config.scale.gpus_per_worker or 0)
         devices.set_up(self.device, config.scale.threads, bool(config.train.exact))
         self.dtype = devices.resolve_precision(config.train.precision, self.device)
+        self.recorder = Recorder(config.model, self.device, self.dtype, self.world_size)
 
         torch.manual_seed(config.train.seed)
         self.model = GPT(config.model, job.n_vocab).to(self.device)
@@ -169,7 +170,7 @@ class Worker:
             with self._changing_state():
                 self.stepper.update(result, lr)
                 self._advance(result, tokens)
-                record = self._record(batch.step, result, tokens, lr, began, data_wait)
+                record = self._record(result, tokens, lr, began, data_wait)
                 self.unsaved.append(record)
 
             with self.stopwatch.during("validation"):
@@ -340,49 +341,26 @@ class Worker:
             self.listener.control.mark.remote(phase, at)
 
     def _record(
-        self,
-        step: int,
-        result: StepResult,
-        tokens: int,
-        lr: float,
-        began: float,
-        data_wait: float,
+        self, result: StepResult, tokens: int, lr: float, began: float, data_wait: float
     ) -> StepRecord:
-        now = time.time()
-        elapsed = time.perf_counter() - began
-        speed = tokens / elapsed
-        peak = devices.peak_flops(self.device, self.dtype)
-        flops = flops_per_token(self.config.model) * speed
-        row = {
-            "step": step,
-            "tokens": self.position.tokens,
-            "loss": result.loss,
-            "lr": lr,
-            "grad_norm": result.grad_norm,
-            "step_ms": round(1000 * elapsed, 3),
-            "tokens_per_s": round(speed, 2),
-            "mfu": flops / (peak * self.world_size) if peak else None,
-            "data_wait_ms": round(1000 * data_wait, 3),
-            "world_size": self.world_size,
-            "epoch": self.reader.epoch(step),
-            "batch_hash": batch_hash(result.lane_hashes),
-            "skipped": self.position.skipped,
-            "time": round(now, 3),
-            **self.stopwatch.row(1000 * elapsed),
-        }
+        seconds = time.perf_counter() - began
+        record = self.recorder.record(
+            self.position,
+            result,
+            tokens=tokens,
+            lr=lr,
+            epoch=self.reader.epoch(self.position.step - 1),
+            seconds=seconds,
+            data_wait=data_wait,
+            between=self.stopwatch.row(1000 * seconds),
+        )
         if not self.trained and self.log is not None:
-            control = self.listener.control
-            marks: Any = ray.get(control.marks.remote())
-            row["restart_ms"] = restart_ms(marks, self.log.last_kept, self.log.lost, now)
+            now = record.metrics["time"]
+            marks: Any = ray.get(self.listener.control.marks.remote())
+            record.metrics["restart_ms"] = restart_ms(marks, self.log.last_kept, self.log.lost, now)
             self._mark(TRAIN, now)
         self.trained = True
-        ledger = {
-            "step": step,
-            "time": row["time"],
-            "world_size": self.world_size,
-            "lanes": list(result.lane_hashes),
-        }
-        return StepRecord(row, ledger)
+        return record
 
     def _log_step(self, record: StepRecord) -> None:
         if self.log is not None:

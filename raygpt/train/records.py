@@ -1,0 +1,73 @@
+"""What the run's files say of a finished step: measured, counted, and what it was trained on."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from raygpt import device as devices
+from raygpt.config import ModelConfig
+from raygpt.data.hashes import batch_hash
+from raygpt.model import flops_per_token
+from raygpt.train.progress import StepRecord
+from raygpt.train.state import Position
+from raygpt.train.step import StepResult
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Makes the records of one group of workers."""
+
+    model: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    world_size: int
+
+    def record(
+        self,
+        position: Position,
+        result: StepResult,
+        *,
+        tokens: int,
+        lr: float,
+        epoch: int,
+        seconds: float,
+        data_wait: float,
+        between: dict[str, float],
+    ) -> StepRecord:
+        """The record of the step that led to a position.
+
+        Args:
+            tokens: targets of the step.
+            epoch: in which lane 0 begins it.
+            seconds: what it took, with ``data_wait`` of them for its windows.
+            between: further columns, what the time since the step before it went into.
+        """
+        now, step = round(time.time(), 3), position.step - 1
+        speed = tokens / seconds
+        peak = devices.peak_flops(self.device, self.dtype)
+        flops = flops_per_token(self.model) * speed
+        row = {
+            "step": step,
+            "tokens": position.tokens,
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "step_ms": round(1000 * seconds, 3),
+            "tokens_per_s": round(speed, 2),
+            "mfu": flops / (peak * self.world_size) if peak else None,
+            "data_wait_ms": round(1000 * data_wait, 3),
+            "world_size": self.world_size,
+            "epoch": epoch,
+            "batch_hash": batch_hash(result.lane_hashes),
+            "skipped": position.skipped,
+            "time": now,
+            **between,
+        }
+        ledger = {
+            "step": step,
+            "time": now,
+            "world_size": self.world_size,
+            "lanes": list(result.lane_hashes),
+        }
+        return StepRecord(row, ledger)
