@@ -158,7 +158,7 @@ class Disturber:
             if closing:
                 self.trial = replace(self.trial, steps=self._step() + 1 + closing)
             self._submit()
-        last = self._await_start(starts, outcome)
+        last = self._await_start(starts, newest["attempt"], outcome)
         outcome.pause = outcome.next_time - last
         self.outcomes.append(outcome)
         self.tell(
@@ -166,8 +166,13 @@ class Disturber:
             f"{outcome.pause:.1f} s, {outcome.next_size} workers"
         )
 
-    def _await_start(self, starts: int, outcome: Outcome) -> float:
-        """Wait for a step of a new group of workers; returns the time of the last one before."""
+    def _await_start(self, starts: int, attempt: int, outcome: Outcome) -> float:
+        """Wait for a step of a new group of workers; returns the time of the last one before.
+
+        Args:
+            starts: how many groups began before the event.
+            attempt: the last of them.
+        """
         seen, last = outcome.step, outcome.last_time
 
         def trains() -> bool:
@@ -180,7 +185,9 @@ class Disturber:
                     seen, last = newest["step"], newest["time"]
                 return False
             lines = self.trial.ledger()[outcome.line :]
-            done = [line for line in lines if line["attempt"] == lines[-1]["attempt"]]
+            # Survivors of a head may have gone on to the very step at which the next group starts.
+            later = [line for line in lines if line["attempt"] > attempt]
+            done = [line for line in later if line["attempt"] == later[-1]["attempt"]]
             first = next((line for line in done if line["step"] == begun[-1]), None)
             if first is None:
                 return False
