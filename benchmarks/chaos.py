@@ -163,7 +163,7 @@ def main() -> None:
         wrong = checks.differences(checks.result(quiet), checks.result(disturbed))
         opened = checks.open_all(disturbed)
         draw(quiet, disturbed, outcomes, arguments.output.with_suffix(".png"))
-        command = f"python -m benchmarks.chaos --events {arguments.events} --seed {arguments.seed}"
+        command = " ".join(["python -m benchmarks.chaos", *sys.argv[1:]])
         report = [
             f"`{command}` on {os.cpu_count()} cores ({cpu_kind()}), {arguments.nodes} nodes: "
             f"{steps:,} steps, {len(outcomes)} events; weights "

@@ -2,12 +2,19 @@
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
 from ray._private.state import state as ray_state
+from ray.train import RunConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, NoopDecision
+from ray.train.v2.api.config import ScalingConfig
 
-from raygpt.train import machines
+from raygpt.train import fit, machines
 
 CPU = {"CPU": 1.0}
 
@@ -57,3 +64,62 @@ def test_a_new_group_counts_on_those_that_answer(cluster: None) -> None:
 def test_a_running_group_finds_out_itself_who_is_silent(cluster: None) -> None:
     """Otherwise a machine that is cut off would look like one to do without, with a farewell."""
     assert machines.staying(RESERVED, answering=False) == {"well": CPU, "silent": CPU}
+
+
+class Policy(machines.LivingMachines):
+    """On a coordinator that keeps what :data:`RESERVED` says; it has to look first."""
+
+    def _maybe_send_resource_request(self) -> None: ...
+
+    @property
+    def _autoscaling_coordinator(self) -> Any:
+        def remote(run: str, recompute: bool) -> Any:
+            return RESERVED if recompute else {}
+
+        return SimpleNamespace(get_reserved_resources=SimpleNamespace(remote=remote))
+
+
+@pytest.fixture
+def policy(cluster: None, monkeypatch: pytest.MonkeyPatch) -> Policy:
+    monkeypatch.setattr(ray, "get", lambda value, timeout: value)
+    scaling: Any = ScalingConfig(num_workers=(1, 8), resources_per_worker=CPU)
+    return Policy(scaling)
+
+
+def test_the_sizes_of_groups_follow(policy: Policy) -> None:
+    start: Any = policy.make_decision_for_non_running_worker_group()
+    assert start.num_workers == 1
+    group: Any = SimpleNamespace(start_time=-1e9, num_workers=1)
+    status: Any = None
+    resize: Any = policy.make_decision_for_running_worker_group(group, status)
+    assert resize.num_workers == 2
+
+
+def test_a_cluster_that_cannot_be_asked_changes_nothing(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ConnectionError("the head is gone")
+
+    monkeypatch.setattr(ray, "nodes", fail)
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+
+
+def test_elastic_runs_have_this_policy(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray Train has no argument for it, so a hook of its own is used, which may go away."""
+    used: dict[str, Any] = {}
+
+    def run(_: Any, **arguments: Any) -> Any:
+        used.update(arguments)
+        return SimpleNamespace(error=None)
+
+    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", run)
+    for workers, expected in (((1, 2), machines.LivingMachines), (2, FixedScalingPolicy)):
+        fit._Trainer(
+            print,
+            scaling_config=ScalingConfig(num_workers=workers),
+            run_config=RunConfig(name="run", storage_path=str(tmp_path)),
+        ).fit()
+        assert type(used["scaling_policy"]) is expected

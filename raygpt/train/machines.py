@@ -9,6 +9,8 @@ before it answers, and machines that will go or do not answer are left out.
 import contextlib
 import logging
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from itertools import compress
 from typing import Any
 
 import ray
@@ -58,11 +60,11 @@ class LivingMachines(ElasticScalingPolicy):
                 ),
                 timeout=COORDINATOR_SECONDS,
             )
-        except ray.exceptions.RayError:  # asked again soon; until then nothing changes
+            # A group that runs notices by itself what does not answer.
+            return staying(reserved, answering=self._starting)
+        except Exception:  # asked again soon; until then nothing changes, as in Ray's own policy
             logger.warning("cannot ask for the resources of the run", exc_info=True)
             return None
-        # A group that runs notices by itself what does not answer.
-        return staying(reserved, answering=self._starting)
 
 
 def staying(reserved: Reserved, answering: bool) -> Reserved:
@@ -72,19 +74,22 @@ def staying(reserved: Reserved, answering: bool) -> Reserved:
         answering: only those that take a connection, too.
     """
     going = ray_state.get_draining_nodes()
-    return {
-        node["NodeID"]: reserved[node["NodeID"]]
+    nodes = [
+        node
         for node in ray.nodes()
-        if node["NodeID"] in reserved
-        and node["Alive"]
-        and node["NodeID"] not in going
-        and (not answering or _answers(node["NodeManagerAddress"], node["NodeManagerPort"]))
-    }
+        if node["NodeID"] in reserved and node["Alive"] and node["NodeID"] not in going
+    ]
+    if answering and nodes:
+        with ThreadPoolExecutor(len(nodes)) as threads:
+            answers = list(threads.map(_answers, nodes))
+        nodes = list(compress(nodes, answers))
+    return {node["NodeID"]: reserved[node["NodeID"]] for node in nodes}
 
 
-def _answers(address: str, port: int) -> bool:
+def _answers(node: dict[str, Any]) -> bool:
     """Whether a machine takes a connection; Ray itself needs seconds to find out."""
+    place = node["NodeManagerAddress"], node["NodeManagerPort"]
     with contextlib.suppress(OSError):
-        socket.create_connection((address, port), timeout=ANSWER_SECONDS).close()
+        socket.create_connection(place, timeout=ANSWER_SECONDS).close()
         return True
     return False
