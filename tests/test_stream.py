@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -14,6 +15,7 @@ import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raygpt.data import stream
 from raygpt.data.corpus import Corpus
 from raygpt.data.order import Segments
 from raygpt.data.reader import ReadPlan, WindowReader
@@ -168,6 +170,27 @@ def test_readers_find_room_beside_workers_that_fill_the_machine(
     finally:
         for worker in workers:
             ray.kill(worker)
+
+
+def test_no_more_read_tasks_than_readers(
+    ray_session: None, tiny_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two idle CPUs have room for 20 tasks, each of which would be a process."""
+
+    def crowd(plan: ReadPlan, lane: int, first: int, stop: int) -> list[pa.Table]:
+        place = tmp_path / f"{lane}-{first}"
+        place.touch()
+        time.sleep(0.5)  # others come meanwhile
+        place.with_suffix(".seen").write_text(str(len(list(tmp_path.glob("*[0-9]")))))
+        place.unlink()
+        return read_block(plan, lane, first, stop)
+
+    monkeypatch.setattr(stream, "read_block", crowd)
+    plan = plan_of(tiny_corpus)
+    segments = Segments(0, 12, 3, plan.lanes)
+    assert window_dataset(plan, segments, 2, readers=3).materialize().count() == 3 * plan.lanes
+    seen = [int(path.read_text()) for path in tmp_path.glob("*.seen")]
+    assert len(seen) == 3 * plan.lanes and 1 < max(seen) <= 3
 
 
 def test_a_run_of_one_segment_needs_no_block(ray_session: None, tiny_corpus: Corpus) -> None:
