@@ -1,12 +1,14 @@
 """What one would write with Ray Train and torch alone, to be held against raygpt.
 
-    python benchmarks/plain_ray.py CONFIG NAME STEPS EVERY
+    python benchmarks/plain_ray.py CONFIG NAME
 
 Trains the model of a raygpt settings file on random windows of its text under DDP, elastic, with
-Ray Train's defaults: every EVERY steps a checkpoint, in place, by rank 0; failures restart from
-the latest one.  It writes the lines of a run that :mod:`benchmarks.chaos` reads.
+Ray Train's defaults, until it is stopped: a checkpoint as often as the settings say, in place, by
+rank 0; failures restart from the latest one.  It writes the lines of a run that
+:mod:`benchmarks.chaos` reads.
 """
 
+import itertools
 import json
 import sys
 import tempfile
@@ -48,7 +50,7 @@ def train(settings: dict[str, Any]) -> None:
     random = np.random.default_rng((first, rank))
     log = Log(Path(settings["run"]), first, size) if rank == 0 else None
     windows, micro = settings["windows"] // size, settings["micro"]
-    for step in range(first, settings["steps"]):
+    for step in itertools.count(first):
         done = 0
         while done < windows:
             count = min(micro, windows - done)
@@ -94,7 +96,7 @@ class Log:
 
 
 def main() -> None:
-    file, name, steps, every = sys.argv[1:]
+    file, name = sys.argv[1:]
     settings = yaml.safe_load(Path(file).read_text())
     model, batch = settings["model"], settings["batch"]
     low, high = map(int, settings["scale"]["workers"].split(":"))
@@ -108,8 +110,7 @@ def main() -> None:
             "run": str(storage / name),
             "windows": batch["tokens"] // model["block_size"],
             "micro": batch["micro"],
-            "steps": int(steps),
-            "every": int(every),
+            "every": settings["train"]["checkpoint_every"],
         },
         scaling_config=ScalingConfig(num_workers=(low, high)),  # type: ignore[arg-type]
         run_config=RunConfig(

@@ -19,9 +19,13 @@ from pathlib import Path
 import psutil
 
 _NAMES = Path("/run/netns")
+_FILES = Path("/etc/netns")
+"""Of each namespace, the files that its programs see in place of those of /etc."""
 _PREFIX = "raygpt"
 _OURS = re.compile(rf"{_PREFIX}-(\d+)-.*")
 _SUBNET = "10.77.0"
+_HOSTS = "127.0.0.1 localhost\n" + "".join(f"{_SUBNET}.{n} host-{n}\n" for n in range(1, 255))
+"""As a cloud's name service would say it; torch asks for the names of all peers."""
 _CLONE_NEWNET = 0x40000000
 _numbers = itertools.count()
 
@@ -113,6 +117,10 @@ class Network:
         number = len(self.hosts) + 1
         host = NetworkHost(f"{self.name}-{number}", f"{_SUBNET}.{number}")
         self.hosts.append(host)
+        files = _FILES / host.name
+        files.mkdir(parents=True)
+        (files / "hosts").write_text(_HOSTS)
+        (files / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # refuses at once
         _run("ip", "netns", "add", host.name)
         # Made where it shall be: the two ends never lie in this machine's own namespace.
         ends = ("link", "add", "eth0", "type", "veth", "peer", "name", f"port{number}")
@@ -131,8 +139,9 @@ class Network:
             _remove(name)
 
     def leftovers(self) -> list[str]:
-        """Namespaces that are still there; no process outlives them."""
-        return [name for name in self._names() if (_NAMES / name).exists()]
+        """Namespaces that are still there, or their files; no process outlives them."""
+        paths = [folder / name for name in self._names() for folder in (_NAMES, _FILES)]
+        return [str(path) for path in paths if path.exists()]
 
     def _names(self) -> list[str]:
         return [host.name for host in self.hosts] + [self._switch]
@@ -166,6 +175,7 @@ def _remove(name: str) -> None:
     kill_all(name)
     with suppress(subprocess.CalledProcessError):  # there is none
         _run("ip", "netns", "delete", name)
+    shutil.rmtree(_FILES / name, ignore_errors=True)
 
 
 def _remove_orphans() -> None:

@@ -76,12 +76,15 @@ class Disturber:
         self._field: faults.Field
         self._process: subprocess.Popen[bytes] | None = None
 
-    def run(self, events: Sequence[Event], closing: int = 0) -> list[Outcome]:
+    def run(
+        self, events: Sequence[Event], closing: int = 0, endless: bool = False
+    ) -> list[Outcome]:
         """Train to the end, through all events.
 
         Args:
             closing: how many steps the run goes on after the last event, which must end the job;
                 0: to the end that it had from the beginning.
+            endless: the run has no end; its job is stopped after the last event.
 
         Raises:
             Stuck: the run did not go on after an event, or ended before the last one.
@@ -97,8 +100,12 @@ class Disturber:
                 last = closing if event is events[-1] else 0
                 self._strike(event.kind, event.target, scheduled=True, closing=last)
                 self._settle()
-            self._wait(lambda: self._process_ended(), "end", self.patience * 10)
-            self._ended_well()
+            if endless:
+                faults.stop_job(self._field, 0)
+                self._wait(self._process_ended, "end")
+            else:
+                self._wait(self._process_ended, "end", self.patience * 10)
+                self._ended_well()
         finally:
             self._drop()
         return self.outcomes

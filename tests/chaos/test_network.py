@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +37,19 @@ def test_a_host_can_be_cut_off_and_reached_again() -> None:
             assert not reaches(one, two) and reaches(two, two)
             two.heal()
             assert reaches(one, two)
+
+
+def test_names_are_looked_up_without_waiting() -> None:
+    """There is no name service; torch would wait for it three times whenever workers start."""
+    with Network() as here:
+        host = here.add_host()
+        for address, name in ((host.address, "host-1"), ("10.77.0.250", "host-250")):
+            words = host.command("getent", "hosts", address)
+            done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
+            assert done.stdout.split() == [address, name]
+        files = Path("/etc/netns") / host.name
+        assert files.exists() and str(files) in here.leftovers()
+    assert not files.exists()
 
 
 def test_nothing_outlives_a_network() -> None:
