@@ -39,6 +39,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
 TOKENS = 4096
+SEGMENT = 250
+"""Steps of a block: what a worker reads by itself lasts until Ray Data has started."""
+TAIL = 600
+"""Steps in which the run becomes whole again after the last event, before it ends."""
 PLAIN_PATIENCE = 900.0
 """Seconds in which it must be back after an event; raygpt's is a fifth of it."""
 GOALS = {"rank 0": 20, "worker": 20, "node": 30, "add": 20}
@@ -154,8 +158,8 @@ def main() -> None:
     steps = 2 * arguments.apart * (arguments.events + 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        Trial.prepare(folder, TOKENS)
-        disturbed, quiet = Trial(folder, "disturbed", steps), Trial(folder, "quiet", steps)
+        Trial.prepare(folder, TOKENS, SEGMENT)
+        disturbed, quiet = (Trial(folder, n, steps + TAIL) for n in ("disturbed", "quiet"))
         with Cluster(arguments.nodes) as cluster:
             kinds = tuple(FAULTS) if cluster.can_be_cut else EVERYWHERE
             events = schedule(arguments.seed, arguments.events, kinds, steps, arguments.apart)
@@ -168,7 +172,7 @@ def main() -> None:
         command = " ".join(["python -m benchmarks.chaos", *sys.argv[1:]])
         report = [
             f"`{command}` on {os.cpu_count()} cores ({cpu_kind()}), {arguments.nodes} nodes: "
-            f"{steps:,} steps, {len(outcomes)} events; weights "
+            f"{disturbed.steps:,} steps, {len(outcomes)} events; weights "
             f"{'DIFFER' if wrong else 'equal bit for bit'}; {len(opened)} checkpoints verified.",
             "",
             *costs(outcomes, checks.redone(disturbed, outcomes)),

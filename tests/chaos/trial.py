@@ -12,7 +12,7 @@ from raygpt.train.progress import EVENTS, LEDGER, METRICS
 MAX_WORKERS = 3
 SETTINGS = f"""
 run: {{storage: STORAGE}}
-data: {{corpus: CORPUS, segment_steps: 100}}
+data: {{corpus: CORPUS, segment_steps: SEGMENT}}
 model: {{n_layer: 2, n_head: 2, n_embd: 32, block_size: 32, vocab_size: 264, dropout: 0.1}}
 batch: {{tokens: TOKENS, lanes: 4, micro: 8}}
 optim: {{max_lr: 3.0e-3, warmup_steps: 20, decay_tokens: 20000000}}
@@ -34,14 +34,26 @@ class Trial:
     """The run's end, which its learning rate does not depend on."""
 
     @staticmethod
-    def prepare(folder: Path, tokens: int) -> None:
-        """Write corpus and settings for the trials of a folder."""
+    def prepare(folder: Path, tokens: int, segment: int = 100) -> None:
+        """Write corpus and settings for the trials of a folder.
+
+        Args:
+            tokens: of a step.
+            segment: steps that one block of the stream holds.
+        """
         text = (resources.files("raygpt") / "assets" / "tinyshakespeare.txt").read_bytes()[:60_000]
         (folder / "text.txt").write_bytes(text)
         corpus = str(folder / "corpus")
         prepare([str(folder / "text.txt")], corpus, "bytes", val_fraction=0.1, on_ray=False)
-        settings = SETTINGS.replace("STORAGE", str(folder / "runs")).replace("CORPUS", corpus)
-        (folder / "run.yaml").write_text(settings.replace("TOKENS", str(tokens)))
+        settings = SETTINGS
+        for name, value in (
+            ("STORAGE", folder / "runs"),
+            ("CORPUS", corpus),
+            ("SEGMENT", segment),
+            ("TOKENS", tokens),
+        ):
+            settings = settings.replace(name, str(value))
+        (folder / "run.yaml").write_text(settings)
 
     @property
     def run(self) -> Path:
