@@ -11,7 +11,15 @@ from raygpt.config import Config, ModelConfig, OptimConfig, to_dict
 from raygpt.model import GPT
 from raygpt.optim import build_optimizer
 from raygpt.storage import Folder
-from raygpt.train.state import Checkpoint, Position, checkpoint_name, latest, save
+from raygpt.train.state import (
+    PASSED_OVER,
+    Checkpoint,
+    DamagedCheckpoint,
+    Position,
+    checkpoint_name,
+    latest,
+    save,
+)
 
 CONFIG = Config(
     model=ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=264),
@@ -54,9 +62,19 @@ class Run:
         return [p.detach().numpy().tobytes() for p in self.model.parameters()]
 
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The checkpoint that would be used, and what is said about it."""
+        """The checkpoint that would be used, and what is said about it; as workers find it."""
         said: list[str] = []
-        return latest(self.folder, said.append), said
+        damaged: set[int] = set()
+        while True:
+            found = latest(self.folder, said.append, damaged)
+            try:
+                if found is not None:
+                    found.verify()
+                return found, said
+            except DamagedCheckpoint as error:
+                assert found is not None
+                damaged.add(found.position.step)
+                said.append(f"{error}; {PASSED_OVER}")
 
 
 # A fixture; a test file imports it under its own name: ``from saved import run as run``.

@@ -76,6 +76,23 @@ def test_position_and_metadata_come_back(run: Run) -> None:
     assert json.loads(run.file(7, METADATA).read_bytes())["settings"]["model"]["n_embd"] == 16
 
 
+def test_each_file_is_read_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.train(1)
+    run.save(1)
+    read: list[str] = []
+    read_bytes = Folder.read_bytes
+
+    def count(folder: Folder, name: str) -> bytes:
+        read.append(name)
+        return read_bytes(folder, name)
+
+    monkeypatch.setattr(Folder, "read_bytes", count)
+    found = latest(run.folder)
+    assert found is not None
+    restore(found, run.model, run.optimizer)
+    assert sorted(read) == sorted(FILES)
+
+
 def test_no_code_is_loaded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a checkpoint went through pickle")

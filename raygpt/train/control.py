@@ -30,7 +30,7 @@ MAKE_WAY, STOP = 0, 1
 
 
 class MakeWay(Exception):
-    """Ends this group of workers after a checkpoint; another one goes on."""
+    """Ends this group of workers, which has nothing to save; another one goes on."""
 
 
 OTHER_DRIVER_SECONDS = 20.0
@@ -58,6 +58,7 @@ class Control:
         self._requests = Requests()
         self._rescued = 0
         self._said: list[str] = []
+        self._damaged: set[int] = set()
         self._marks: list[Mark] = [(CONNECT, began)]
 
     async def request(self, kind: str) -> None:
@@ -100,6 +101,16 @@ class Control:
         async with self._changed:
             await self._changed.wait_for(lambda: len(self._said) > known)
             return self._said[known:]
+
+    async def distrust(self, step: int, text: str) -> None:
+        """A worker found the checkpoint of a step damaged: no group of this driver uses it."""
+        if step not in self._damaged:
+            self._damaged.add(step)
+            await self.say(text)
+
+    async def damaged(self) -> set[int]:
+        """The steps whose checkpoints no worker shall use."""
+        return self._damaged
 
     async def mark(self, phase: str, at: float) -> None:
         """A phase of the run began; see ``accounts.py``."""

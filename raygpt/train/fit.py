@@ -50,9 +50,12 @@ _RAY_SETTINGS = {
 }
 
 
-def _window_dataset(job: Job) -> Dataset:
+def _window_dataset(job: Job, control: Any) -> Dataset:
     """The stream from the latest checkpoint on; runs whenever a group of workers starts."""
-    checkpoint = patiently(lambda: state.latest(job.run), job.config.run.storage_patience)
+    damaged = ray.get(control.damaged.remote())
+    checkpoint = patiently(
+        lambda: state.latest(job.run, damaged=damaged), job.config.run.storage_patience
+    )
     start = checkpoint.position.step if checkpoint else 0
     readers = max(2, job.config.scale.max_workers)  # each worker leaves room for one
     return window_dataset(job.plan, segments_from(job, start), job.token_bytes, readers)
@@ -124,7 +127,7 @@ def _trainer(job: Job, control: Any) -> TorchTrainer:
             # What is left of a worker's CPUs is for the read tasks.
             resources_per_worker={"CPU": scale.cpus_per_worker - READER_CPUS, **gpus},
         ),
-        datasets={"train": partial(_window_dataset, job)},
+        datasets={"train": partial(_window_dataset, job, control)},
         dataset_config=StreamConfig(),
         run_config=ray.train.RunConfig(
             name=config.run.name,

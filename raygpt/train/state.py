@@ -4,11 +4,15 @@
 each where they are large, see ``parts.py``) and ``checkpoint.json``, which is written last and
 deleted first: it names the others with their sizes and sha256.  A checkpoint of step k is the
 state before step k: k steps are done.
+
+Sizes are compared when a checkpoint is opened, hashes when its tensors are read, so that a large
+one is read once.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +32,9 @@ METADATA = "checkpoint.json"
 FORMAT_VERSION = 1
 PREFIX = "checkpoint_"
 KEEP_LATEST = 2
+PASSED_OVER = "using the checkpoint before it"
+READ_THREADS = 4
+"""Files that are read and hashed at the same time, each of 128 MiB or of one tensor."""
 
 
 FileEntry = dict[str, Any]
@@ -56,7 +63,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: its folder, position and metadata."""
+    """A finished checkpoint: its folder, position and metadata."""
 
     folder: Folder
     position: Position
@@ -70,19 +77,29 @@ class Checkpoint:
         return digests[0].hex() if len(digests) == 1 else _sha256(b"".join(digests))
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
-        """All tensors of kind :data:`WEIGHTS` or :data:`OPTIMIZER`, on the CPU.
+        """All tensors of kind :data:`WEIGHTS` or :data:`OPTIMIZER`, on the CPU; every byte of
+        their files is verified.
 
         Raises:
-            DamagedCheckpoint: a file has changed since it was verified.
+            DamagedCheckpoint: a file is missing, cut or changed; names it.
+            StorageError: the storage refuses.
         """
-        tensors: dict[str, Tensor] = {}
-        for name, entry in self._files(kind):
-            data = _read_file(self.folder, name, entry)
+
+        def read(file: tuple[str, FileEntry]) -> dict[str, Tensor]:
+            name, entry = file
             try:
-                tensors |= safetensors.torch.load(data)
+                return safetensors.torch.load(_read_file(self.folder, name, entry))
             except safetensors.SafetensorError as error:
                 raise DamagedCheckpoint(f"{self.folder.child(name)} is damaged: {error}") from error
-        return tensors
+
+        with ThreadPoolExecutor(READ_THREADS, "read") as threads:
+            parts = list(threads.map(read, self._files(kind)))
+        return {name: tensor for part in parts for name, tensor in part.items()}
+
+    def verify(self) -> None:
+        """Read every byte. Raises as :meth:`tensors` does."""
+        for kind in (WEIGHTS, OPTIMIZER):
+            self.tensors(kind)
 
     def _files(self, kind: str) -> list[tuple[str, FileEntry]]:
         """Files of a kind in order: names with their sizes and hashes."""
@@ -198,10 +215,10 @@ def steps_of(run: Folder) -> list[int]:
 
 
 def open_checkpoint(folder: Folder) -> Checkpoint:
-    """Read a checkpoint's metadata and verify every byte of its files.
+    """Read a checkpoint's metadata and look whether its files are there in their whole length.
 
     Raises:
-        DamagedCheckpoint: a file is missing, cut or changed; names it.
+        DamagedCheckpoint: the metadata is damaged, or a file is missing or cut; names it.
         FileNotFoundError: there is no metadata: it was never finished.
     """
     data = folder.read_bytes(METADATA)
@@ -220,20 +237,28 @@ def open_checkpoint(folder: Folder) -> Checkpoint:
             raise ValueError(f"its files are {', '.join(entries) or 'none'}")
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{where} is damaged: {type(error).__name__}: {error}") from error
+    stored = dict(folder.walk(recursive=False))
     for name, entry in entries.items():
-        _read_file(folder, name, entry)
+        _check_size(folder, name, entry, stored.get(name))
     return Checkpoint(folder, position, metadata)
 
 
-def _read_file(folder: Folder, name: str, entry: dict[str, Any]) -> bytes:
+def _check_size(folder: Folder, name: str, entry: FileEntry, size: int | None) -> None:
+    if size is None:
+        raise DamagedCheckpoint(f"{folder.child(name)} is missing")
+    if size != entry["size"]:
+        raise DamagedCheckpoint(
+            f"{folder.child(name)} is damaged: {size} bytes instead of {entry['size']}"
+        )
+
+
+def _read_file(folder: Folder, name: str, entry: FileEntry) -> bytes:
     try:
         data = folder.read_bytes(name)
-    except FileNotFoundError as error:
-        raise DamagedCheckpoint(f"{folder.child(name)} is missing") from error
-    if len(data) != entry["size"]:
-        raise DamagedCheckpoint(
-            f"{folder.child(name)} is damaged: {len(data)} bytes instead of {entry['size']}"
-        )
+    except FileNotFoundError:
+        data = None
+    _check_size(folder, name, entry, None if data is None else len(data))
+    assert data is not None
     if _sha256(data) != entry["sha256"]:
         raise DamagedCheckpoint(f"{folder.child(name)} is damaged: its sha256 does not match")
     return data
@@ -243,29 +268,42 @@ def _sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def valid_checkpoints(run: Folder, say: Callable[[str], None]) -> Iterator[Checkpoint]:
-    """The whole checkpoints of a run, newest first; each damaged one is said and passed over."""
+def finished_checkpoints(
+    run: Folder, say: Callable[[str], None], damaged: Container[int] = ()
+) -> Iterator[Checkpoint]:
+    """The finished checkpoints of a run, newest first; what is not whole is said and passed over.
+
+    Args:
+        damaged: steps whose checkpoints are known to be, and passed over without a word.
+    """
     for step in reversed(steps_of(run)):
         folder = run.child(checkpoint_name(step))
+        if step in damaged:
+            continue
         try:
             yield open_checkpoint(folder)
         except FileNotFoundError:
-            say(f"{folder} was never finished; using the checkpoint before it")
+            say(f"{folder} was never finished; {PASSED_OVER}")
         except DamagedCheckpoint as error:
-            say(f"{error}; using the checkpoint before it")
+            say(f"{error}; {PASSED_OVER}")
 
 
-def latest(run: Folder, say: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
-    """The newest whole checkpoint of a run; None if there is no finished one.
+def latest(
+    run: Folder, say: Callable[[str], None] = lambda _: None, damaged: Container[int] = ()
+) -> Checkpoint | None:
+    """The newest checkpoint of a run that may be used; None if there is no finished one.
+
+    Args:
+        damaged: as for :func:`finished_checkpoints`.
 
     Raises:
         UserError: there are finished checkpoints, but every one is damaged.
     """
-    found = next(valid_checkpoints(run, say), None)
+    found = next(finished_checkpoints(run, say, damaged), None)
     if found is None:
-        damaged = [s for s in steps_of(run) if run.child(checkpoint_name(s)).exists(METADATA)]
-        if damaged:
-            names = ", ".join(checkpoint_name(step) for step in damaged)
+        finished = [s for s in steps_of(run) if run.child(checkpoint_name(s)).exists(METADATA)]
+        if finished:
+            names = ", ".join(checkpoint_name(step) for step in finished)
             raise UserError(
                 f"every checkpoint of {run} is damaged ({names}); restore one, or delete them to "
                 "start from step 0"
@@ -327,15 +365,22 @@ def load_model(path: str, say: Callable[[str], None] = lambda _: None) -> Loaded
     """
     folder = Folder.from_path(path)
     if folder.exists(METADATA):
-        checkpoint = open_checkpoint(folder)
-    else:
-        found = list(valid_checkpoints(folder, say))
-        if not found:
-            raise UserError(
-                f"no checkpoint in {folder}; give the folder of a run or of a checkpoint_*"
-            )
-        measured = [c for c in found if c.position.val_loss is not None]
-        checkpoint = min(measured, key=lambda c: c.position.val_loss or 0.0, default=found[0])
+        return _load_model(open_checkpoint(folder))
+    for checkpoint in sorted(finished_checkpoints(folder, say), key=_worth):
+        try:
+            return _load_model(checkpoint)
+        except DamagedCheckpoint as error:
+            say(f"{error}; using the next best checkpoint")
+    raise UserError(f"no checkpoint in {folder}; give the folder of a run or of a checkpoint_*")
+
+
+def _worth(checkpoint: Checkpoint) -> tuple[bool, float, int]:
+    """Sorts the best first, and those that were never measured last, the newest of them first."""
+    position = checkpoint.position
+    return position.val_loss is None, position.val_loss or 0.0, -position.step
+
+
+def _load_model(checkpoint: Checkpoint) -> LoadedModel:
     metadata = checkpoint.metadata
     try:
         config = from_dict(metadata["settings"])

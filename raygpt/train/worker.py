@@ -241,19 +241,26 @@ class Worker:
         return lane_steps(self.reader, self.segments, self.rank, self.world_size, blocks)
 
     def _restore(self) -> Position:
-        """Load the latest whole checkpoint, if there is one; the same on every worker.
+        """Load the latest checkpoint, if there is one; the same on every worker.
 
         Raises:
-            RuntimeError: workers see different checkpoints; a restart looks again.
+            MakeWay: it is damaged; the next group of workers goes on from the one before it.
+            RuntimeError: workers see different ones; a restart looks again.
         """
+        control, patience = self.listener.control, self.config.run.storage_patience
         tell = self.listener.say if self.rank == 0 else lambda _: None
-        checkpoint = patiently(
-            lambda: state.latest(self.job.run, tell), self.config.run.storage_patience
-        )
+        damaged: Any = ray.get(control.damaged.remote())
+        checkpoint = patiently(lambda: state.latest(self.job.run, tell, damaged), patience)
         position = Position()
         self.rescued: list[StepRecord] = []
         if checkpoint is not None:
-            state.restore(checkpoint, self.model, self.optimizer)
+            try:
+                patiently(lambda: state.restore(checkpoint, self.model, self.optimizer), patience)
+            except state.DamagedCheckpoint as error:
+                # The others and the stream would begin there, so all begin again.
+                text = f"{error}; {state.PASSED_OVER}"
+                ray.get(control.distrust.remote(checkpoint.position.step, text))
+                raise MakeWay(str(error)) from None
             position = checkpoint.position
             self.rescued = [StepRecord(**s) for s in checkpoint.metadata.get("steps", [])]
         ends = torch.tensor([position.step, -position.step], device=self.device)

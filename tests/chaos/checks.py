@@ -36,7 +36,9 @@ def result(trial: Trial) -> Result:
     rows = trial.rows()
     trained = [{key: row[key] for key in TRAINED if key in row} for row in rows]
     folder = Folder.from_path(str(trial.run)).child(checkpoint_name(len(rows)))
-    return Result(open_checkpoint(folder).weights_sha256, trained)
+    checkpoint = open_checkpoint(folder)
+    checkpoint.verify()
+    return Result(checkpoint.weights_sha256, trained)
 
 
 def differences(quiet: Result, disturbed: Result) -> list[str]:
@@ -67,7 +69,7 @@ def open_all(trial: Trial) -> list[int]:
     run = Folder.from_path(str(trial.run))
     finished = [step for step in steps_of(run) if is_finished(run, step)]
     for step in finished:
-        open_checkpoint(run.child(checkpoint_name(step)))
+        open_checkpoint(run.child(checkpoint_name(step))).verify()
     return finished
 
 
