@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from raygpt.runs.files import METRICS, read_json_lines
 from raygpt.storage import Folder
-from raygpt.train.progress import METRICS, RunLog, StepRecord, read_json_lines
+from raygpt.train.progress import RunLog, StepRecord
 
 HALF_LINE = b'{"step": 7, "lo'
 

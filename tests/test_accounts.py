@@ -11,9 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raygpt.storage import Folder
-from raygpt.train import accounts as accounts_module
-from raygpt.train.accounts import (
+from raygpt.runs.accounts import (
     CONNECT,
     COUNTED,
     DETECT,
@@ -29,8 +27,11 @@ from raygpt.train.accounts import (
     Stopwatch,
     restart_ms,
 )
+from raygpt.runs.files import METRICS, read_json_lines
+from raygpt.storage import Folder
+from raygpt.train import accounts as accounts_module
 from raygpt.train.control import Control
-from raygpt.train.progress import METRICS, RunLog, StepRecord, read_json_lines
+from raygpt.train.progress import RunLog, StepRecord
 
 PHASES = (SCHEDULE, START, RESTORE, FIRST_STEP)
 BEGAN = 1_000_000.0

@@ -9,7 +9,7 @@ from audited import corpus_path as corpus_path
 from audited import run as run
 
 from raygpt.audit import MAX_LINES
-from raygpt.train.progress import LEDGER, METRICS
+from raygpt.runs.files import LEDGER, METRICS
 
 ROOT = Path(__file__).parent.parent
 

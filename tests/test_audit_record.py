@@ -10,7 +10,7 @@ from audited import corpus_path as corpus_path
 from audited import run as run
 from helpers import WEIGHTS_FILE
 
-from raygpt.train.progress import LEDGER, METRICS
+from raygpt.runs.files import LEDGER, METRICS
 from raygpt.train.state import METADATA, checkpoint_name
 
 # --- steps lost, missing, twice

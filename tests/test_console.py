@@ -12,10 +12,11 @@ from logged import HALF_LINE, file, log_steps, record, row
 from logged import run as run
 from rich.console import Console
 
+from raygpt.runs.files import EVENTS, METRICS
 from raygpt.storage import Folder
 from raygpt.train import console as console_module
 from raygpt.train.console import Follower, step_line
-from raygpt.train.progress import EVENTS, METRICS, RunLog
+from raygpt.train.progress import RunLog
 
 DEADLINE_SECONDS = 30.0
 

@@ -15,8 +15,9 @@ from logged import HALF_LINE, file, log_steps, record, row, settle, steps
 from logged import run as run
 
 from raygpt.errors import UserError
+from raygpt.runs.files import EVENTS, METRICS, TENSORBOARD, read_json_lines
 from raygpt.storage import Folder
-from raygpt.train.progress import EVENTS, METRICS, TENSORBOARD, RunLog, read_json_lines
+from raygpt.train.progress import RunLog
 
 
 def strict(data: bytes) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ from head import ROOT, Head, activated
 from saved import Run
 from troubled import EVERY, STEPS, Reference, finish, wait_for
 
+from raygpt.runs.files import METRICS
 from raygpt.storage import Folder, StorageError, patiently
-from raygpt.train.progress import METRICS
 from raygpt.train.state import open_checkpoint, prune, restore, steps_of
 
 AWAY_SECONDS = 8.0

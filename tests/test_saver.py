@@ -16,10 +16,11 @@ from helpers import on_workers
 from logged import record
 from saved import SETTINGS, Run
 
+from raygpt.runs.files import EVENTS, METRICS, read_json_lines
 from raygpt.storage import Folder, StorageError
 from raygpt.train import parts, state
 from raygpt.train.parts import Snapshots
-from raygpt.train.progress import EVENTS, METRICS, RunLog, read_json_lines
+from raygpt.train.progress import RunLog
 from raygpt.train.saver import Saver
 from raygpt.train.state import METADATA, Checkpoint, Position, checkpoint_name, is_finished, save
 

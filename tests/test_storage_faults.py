@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from logged import record
 from saved import Run
 
+from raygpt.runs.files import EVENTS, LEDGER, METRICS, read_json_lines
 from raygpt.storage import Folder, StorageError
 from raygpt.train import progress
-from raygpt.train.progress import EVENTS, LEDGER, METRICS, JsonLines, RunLog, read_json_lines
+from raygpt.train.progress import JsonLines, RunLog
 from raygpt.train.state import (
     METADATA,
     open_checkpoint,

@@ -16,8 +16,9 @@ from logged import run as run
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from raygpt.runs.files import TENSORBOARD
 from raygpt.storage import Folder
-from raygpt.train.progress import TENSORBOARD, RunLog
+from raygpt.train.progress import RunLog
 
 
 def crc32c(data: bytes) -> int:

@@ -10,9 +10,9 @@ from typing import Any
 from head import Head
 
 from raygpt.data.prepare import prepare
+from raygpt.runs.files import EVENTS, LEDGER, METRICS, read_json_lines
 from raygpt.storage import Folder
 from raygpt.train import state
-from raygpt.train.progress import EVENTS, LEDGER, METRICS, read_json_lines
 
 STEPS, EVERY = 240, 60
 SETTINGS = f"""

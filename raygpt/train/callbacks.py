@@ -27,9 +27,9 @@ from ray.train.v2._internal.execution.worker_group import (
 )
 
 from raygpt.errors import UserError
+from raygpt.runs.accounts import SCHEDULE, START
 from raygpt.storage import Folder, reason_of
 from raygpt.train import state
-from raygpt.train.accounts import SCHEDULE, START
 from raygpt.train.control import MakeWay
 
 logger = logging.getLogger("ray.train")

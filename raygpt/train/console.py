@@ -4,7 +4,6 @@ The driver follows the files that rank 0 writes, so nothing travels twice and a 
 is the same on a laptop and in ``ray job logs``.
 """
 
-import json
 import math
 import threading
 from typing import Any
@@ -14,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from raygpt.errors import UserError
+from raygpt.runs.files import EVENTS, METRICS, Tail, last_attempt
 from raygpt.storage import Folder
-from raygpt.train.progress import EVENTS, METRICS, last_attempt
 
 POLL_SECONDS = 0.5
 POLL_SECONDS_REMOTE = 10.0
@@ -42,34 +41,6 @@ def step_line(row: dict[str, Any]) -> str:
     return f"{line} | val: {row['val_loss']:.6f}" if "val_loss" in row else line
 
 
-class _Tail:
-    """New whole lines of a growing file of JSON objects; all of them, once it was replaced."""
-
-    def __init__(self, folder: Folder, name: str) -> None:
-        self._folder, self._name = folder, name
-        self._offset, self._last = 0, b""
-
-    def new(self) -> list[dict[str, Any]]:
-        try:
-            size = self._folder.size(self._name)
-            with self._folder.open_input(self._name) as file:
-                file.seek(self._offset - len(self._last))
-                data = file.read(max(0, size - file.tell()))
-                # A restart writes the file anew, and it may be longer by now than it was.
-                if not data.startswith(self._last):
-                    file.seek(0)
-                    self._offset, self._last = 0, b""
-                    data = file.read(size)
-        except FileNotFoundError:
-            return []
-        data = data[len(self._last) : data.rfind(b"\n") + 1]
-        lines = data.splitlines(keepends=True)
-        if lines:
-            self._offset += len(data)
-            self._last = lines[-1]
-        return [json.loads(line) for line in lines]
-
-
 class Follower:
     """Prints a run's steps and events while it trains; a context manager.
 
@@ -81,7 +52,7 @@ class Follower:
         self, run: Folder, console: Console, first_step: int, steps: int, log_every: int
     ) -> None:
         self._console, self._steps, self._log_every = console, steps, log_every
-        self._metrics, self._events = _Tail(run, METRICS), _Tail(run, EVENTS)
+        self._metrics, self._events = Tail(run, METRICS), Tail(run, EVENTS)
         self._events.new()
         # Of what earlier starts logged, nothing is printed again.
         self._shown = (last_attempt(self._metrics.new()), math.inf)

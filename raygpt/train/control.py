@@ -22,8 +22,8 @@ from ray.actor import ActorHandle
 from ray.train.v2._internal.execution.context import get_train_context
 
 from raygpt.errors import UserError
+from raygpt.runs.accounts import CONNECT, TRAIN, Mark
 from raygpt.storage import Folder
-from raygpt.train.accounts import CONNECT, TRAIN, Mark
 
 MAKE_WAY, STOP = 0, 1
 """Positions of the votes."""

@@ -10,12 +10,13 @@ from typing import Any
 from rich.console import Console
 
 from raygpt.config import Config
-from raygpt.data.tokenizer import load_tokenizer
 from raygpt.errors import UserError
-from raygpt.generate import sample_text
-from raygpt.storage import Folder, patiently
+from raygpt.runs.accounts import Accounts
+from raygpt.runs.files import CONFIG, METRICS, REPORT, TENSORBOARD, read_json_lines
+from raygpt.runs.history import FAILED, FINISHED, STOPPED
+from raygpt.storage import Folder, patiently, reason_of
 from raygpt.train import cluster, state
-from raygpt.train.accounts import Accounts
+from raygpt.train.chronicle import Chronicler
 from raygpt.train.console import Follower, say, table
 from raygpt.train.control import start_control
 from raygpt.train.fit import fit
@@ -27,10 +28,6 @@ from raygpt.train.job import (
     shown_settings,
     with_absolute_storage,
 )
-from raygpt.train.progress import METRICS, TENSORBOARD, read_json_lines
-
-CONFIG = "config.json"
-SAMPLES = "samples.txt"
 
 
 def run(config: Config, dry_run: bool = False, began: float | None = None) -> None:
@@ -57,26 +54,36 @@ def run(config: Config, dry_run: bool = False, began: float | None = None) -> No
     if dry_run:
         return
 
+    def warn(text: str) -> None:
+        _warn(console, text, known)  # workers look for the checkpoint, too, and find the same
+
     step = checkpoint.position.step if checkpoint else 0
-    if step < config.train.steps:
-        say(console, "connecting to Ray ...")
-        cluster.connect()
-        job = replace(job, config=replace(job.config, scale=cluster.fit_scale(job.config.scale)))
-        control = start_control(job.run, began)
-        job.run.write_bytes(CONFIG, json.dumps(job.settings(), indent=1).encode())
-        with Follower(job.run, console, step, config.train.steps, config.train.log_every):
-            # Workers look for the checkpoint, too, and find the same damage.
-            stopped_by = fit(job, control, lambda text: _warn(console, text, known))
-        if stopped_by is not None:
-            _say_accounts(job, console, began)
-            say(console, f"stopped; submit the run again, and it goes on: {job.run}")
-            sys.exit(128 + stopped_by)
-    else:
+    if step >= config.train.steps:
         say(console, f"{job.run} is finished: all {step:,} steps are done")
-    _conclude(job, console, began)
+        _conclude(job, console, began, Chronicler(job, rows, warn))
+        return
+    say(console, "connecting to Ray ...")
+    cluster.connect()
+    job = replace(job, config=replace(job.config, scale=cluster.fit_scale(job.config.scale)))
+    control = start_control(job.run, began)
+    job.run.write_bytes(CONFIG, json.dumps(job.settings(), indent=1).encode())
+    chronicler = Chronicler(job, rows, warn)
+    follower = Follower(job.run, console, step, config.train.steps, config.train.log_every)
+    try:
+        with follower, chronicler:
+            stopped_by = fit(job, control, warn)
+    except Exception as error:
+        chronicler.close(FAILED, reason_of(error))
+        raise
+    if stopped_by is not None:
+        chronicler.close(STOPPED)
+        _say_accounts(job, console, began)
+        say(console, f"stopped; submit the run again, and it goes on: {job.run}")
+        sys.exit(128 + stopped_by)
+    _conclude(job, console, began, chronicler)
 
 
-def _warn(console: Console, text: str, known: Container[str] = ()) -> None:
+def _warn(console: Console, text: str, known: Container[str]) -> None:
     if text not in known:
         say(console, f"warning: {text}")
 
@@ -86,8 +93,8 @@ def _find_checkpoint(job: Job, console: Console) -> tuple[state.Checkpoint | Non
     said: list[str] = []
 
     def warn(text: str) -> None:
+        _warn(console, text, said)
         said.append(text)
-        _warn(console, text)
 
     checkpoint = state.latest(job.run, warn)
     if checkpoint is not None:
@@ -114,7 +121,7 @@ def _metrics(job: Job) -> list[dict[str, Any]]:
     return patiently(lambda: read_json_lines(job.run, METRICS), patience)
 
 
-def _conclude(job: Job, console: Console, began: float) -> None:
+def _conclude(job: Job, console: Console, began: float, chronicler: Chronicler) -> None:
     """The tables at a run's end, and a sample."""
     checkpoint = patiently(lambda: state.latest(job.run), job.config.run.storage_patience)
     if checkpoint is None:
@@ -138,9 +145,11 @@ def _conclude(job: Job, console: Console, began: float) -> None:
         "run": str(job.run),
         "checkpoint": checkpoint.folder.split()[1],
         "metrics": METRICS,
+        "report": REPORT,
         "TensorBoard": f"tensorboard --logdir {job.run.child(TENSORBOARD)}",
     }
-    text = _sample(job, checkpoint) if job.config.train.sample_prompt else ""
+    text = chronicler.samples.add(position.step)
+    chronicler.close(FINISHED)
     console.print(table("Result", result))
     _say_accounts(job, console, began)
     if text:
@@ -150,26 +159,3 @@ def _conclude(job: Job, console: Console, began: float) -> None:
 
 def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.6f} nats a token"
-
-
-def _sample(job: Job, checkpoint: state.Checkpoint) -> str:
-    """A sample of the final model; added to the run's samples.txt."""
-    loaded = state.load_model(checkpoint.folder.uri)
-    tokenizer = load_tokenizer(loaded.tokenizer_name)
-    train = job.config.train
-    (text,) = sample_text(
-        loaded.model,
-        tokenizer,
-        train.sample_prompt,
-        num_return_sequences=1,
-        max_length=len(tokenizer.encode(train.sample_prompt)) + train.sample_tokens,
-        seed=train.seed,
-    )
-    try:
-        earlier = job.run.read_bytes(SAMPLES)
-    except FileNotFoundError:
-        earlier = b""
-    entry = f"--- step {loaded.step}\n{text}\n".encode()
-    if entry not in earlier:
-        job.run.write_bytes(SAMPLES, earlier + entry)
-    return text

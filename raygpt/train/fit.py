@@ -25,9 +25,9 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from raygpt import device as devices
 from raygpt.data.stream import READER_CPUS, StreamConfig, window_dataset
+from raygpt.runs.accounts import SCHEDULE
 from raygpt.storage import Folder, patiently
 from raygpt.train import state
-from raygpt.train.accounts import SCHEDULE
 from raygpt.train.callbacks import Farewell, Judge, NoSnapshots, Timekeeper, find_user_error
 from raygpt.train.job import Job
 from raygpt.train.machines import LivingMachines

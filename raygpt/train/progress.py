@@ -16,12 +16,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from raygpt.runs.accounts import Accounts
+from raygpt.runs.files import (
+    EVENTS,
+    LEDGER,
+    METRICS,
+    TENSORBOARD,
+    last_attempt,
+    read_json_lines,
+)
 from raygpt.storage import Folder, explained, patiently
-from raygpt.train.accounts import Accounts
 from raygpt.train.board import Board
 
-METRICS, EVENTS, LEDGER = "metrics.jsonl", "events.jsonl", "ledger.jsonl"
-TENSORBOARD = "tensorboard"
 UPLOAD_SECONDS = 15.0
 _SCALARS = (
     *("loss", "val_loss", "lr", "grad_norm"),
@@ -173,9 +179,9 @@ class RunLog:
         self._metrics.add(row)
         return row
 
-    def event(self, kind: str, step: int, text: str) -> None:
-        """Write that something happened before step ``step``."""
-        event = {"step": step, "kind": kind, "time": round(time.time(), 3), "text": text}
+    def event(self, kind: str, step: int, text: str, **more: Any) -> None:
+        """Write that something happened before step ``step``; ``more`` are JSON values."""
+        event = {"step": step, "kind": kind, "time": round(time.time(), 3), "text": text, **more}
         self._submit(self._event, event)
 
     def _event(self, event: dict[str, Any]) -> None:
@@ -224,21 +230,6 @@ class RunLog:
                 self._error = error
 
         return self._writer.submit(guarded)
-
-
-def last_attempt(rows: list[dict[str, Any]]) -> int:
-    """The number of the last start of workers that finished a step; -1 if none did."""
-    return max((row["attempt"] for row in rows), default=-1)
-
-
-def read_json_lines(folder: Folder, name: str) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; a last line that was cut off is left out."""
-    try:
-        data = folder.read_bytes(name)
-    except FileNotFoundError:
-        return []
-    lines = data.split(b"\n")[:-1]
-    return [json.loads(line) for line in lines]
 
 
 def _line(value: dict[str, Any]) -> bytes:

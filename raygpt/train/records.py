@@ -1,9 +1,15 @@
-"""What the run's files say of a finished step: measured, counted, and what it was trained on."""
+"""What the run's files say of a finished step: measured, counted, and what it was trained on;
+and of the machines that train.
+"""
 
+import os
 import time
 from dataclasses import dataclass
+from typing import Any
 
+import ray.util
 import torch
+import torch.distributed as dist
 
 from raygpt import device as devices
 from raygpt.config import ModelConfig
@@ -71,3 +77,24 @@ class Recorder:
             "lanes": list(result.lane_hashes),
         }
         return StepRecord(row, ledger)
+
+
+def gather_machines(device: torch.device) -> list[dict[str, Any]]:
+    """The machines of this group of workers; every worker calls it.
+
+    Returns:
+        Of each its ``address``, ``device`` (of the first worker there), ``cpus``, ``memory`` in
+        bytes and number of ``workers``, in the order of their first ranks.
+    """
+    mine = {
+        "address": ray.util.get_node_ip_address(),
+        "device": devices.describe(device),
+        "cpus": os.cpu_count(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    machines: dict[str, dict[str, Any]] = {}
+    for found in everyone:
+        machines.setdefault(found["address"], {**found, "workers": 0})["workers"] += 1
+    return list(machines.values())

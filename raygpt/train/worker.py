@@ -24,13 +24,13 @@ from raygpt.data.stream import StepWindows, lane_steps, stream_blocks
 from raygpt.errors import UserError
 from raygpt.model import GPT
 from raygpt.optim import build_optimizer, lr_at
+from raygpt.runs.accounts import FIRST_STEP, RESTORE, TRAIN, Stopwatch, restart_ms
 from raygpt.storage import patiently
 from raygpt.train import state
-from raygpt.train.accounts import FIRST_STEP, RESTORE, TRAIN, Stopwatch, restart_ms
 from raygpt.train.control import STOP, Listener, MakeWay
 from raygpt.train.job import Job
 from raygpt.train.progress import RunLog, StepRecord
-from raygpt.train.records import Recorder
+from raygpt.train.records import Recorder, gather_machines
 from raygpt.train.reduce import data_parallel
 from raygpt.train.saver import Saver
 from raygpt.train.state import Position
@@ -114,6 +114,7 @@ class Worker:
         """Whether weights, optimizer and position belong to one step; who looks or changes."""
         self.copier = devices.Copier(self.device)
         self.log: RunLog | None = None
+        machines = gather_machines(self.device)
         patience = config.run.storage_patience
         if self.rank == 0:
             self.log = RunLog(job.run, self.position.step, self.rescued, patience, listener.say)
@@ -129,6 +130,7 @@ class Worker:
                 self.position.step,
                 f"{self.world_size} workers on {devices.describe(self.device)}, "
                 f"{str(self.dtype).removeprefix('torch.')}, {config.scale.threads} threads",
+                machines=machines,
             )
         self.saver = Saver(
             job.run,

@@ -16,7 +16,7 @@ import psutil
 from head import Node
 
 from chaos.cluster import Cluster, network_of, node_id
-from raygpt.train.progress import METRICS
+from raygpt.runs.files import METRICS
 
 NOTICE_SECONDS = 30
 """How long before a machine goes away its loss is announced."""

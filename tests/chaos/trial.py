@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raygpt.data.prepare import prepare
-from raygpt.train.progress import EVENTS, LEDGER, METRICS
+from raygpt.runs.files import EVENTS, LEDGER, METRICS
 
 MAX_WORKERS = 3
 SETTINGS = f"""

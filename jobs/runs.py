@@ -1,0 +1,55 @@
+"""List the runs of a storage, or compare several in one page.
+
+    python jobs/runs.py [STORAGE] [--compare NAME ...] [--output FILE]
+
+STORAGE is the run.storage of training, a folder or a URI.  --compare draws the curves of the
+named runs over each other, with the settings in which they differ, into one HTML file.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from raygpt.cli import parse, run_job
+from raygpt.errors import UserError
+from raygpt.runs.listing import HEADS, find_runs, pick, row
+from raygpt.runs.report import render_comparison
+from raygpt.storage import Folder
+
+
+@dataclass(frozen=True)
+class Arguments:
+    storage: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORAGE")] = "runs"
+    """The run.storage of training."""
+    compare: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Names of runs to be drawn over each other."""
+    output: Annotated[str, tyro.conf.arg(metavar="FILE")] = "compare.html"
+    """File for the comparison; one of that name is replaced."""
+
+
+def main() -> None:
+    arguments = parse(Arguments, __doc__)
+    console, storage = Console(), Folder.from_path(arguments.storage)
+    runs = find_runs(storage, lambda text: print(f"warning: {text}"))
+    if arguments.compare:
+        runs = pick(runs, arguments.compare, storage)
+        if len(runs) < 2:
+            raise UserError("--compare wants at least two names")
+    table = Table(*HEADS)
+    rows = [row(history) for history in runs]
+    for cells in rows:
+        table.add_row(*cells)
+    console.print(table if rows else f"no runs in {storage}")
+    if arguments.compare:
+        page = render_comparison(runs, HEADS, rows, storage.uri)
+        folder, name = Folder.from_path(arguments.output).split()
+        action = "replaced" if folder.exists(name) else "wrote"
+        folder.write_bytes(name, page.encode())
+        print(f"{action} {folder.child(name)}")
+
+
+if __name__ == "__main__":
+    run_job(main)

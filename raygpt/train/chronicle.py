@@ -1,0 +1,135 @@
+"""The run's report and samples, kept up to date by the driver while the workers train.
+
+Text is sampled here, from finished checkpoints, so that no worker waits for it.  What it gives
+up: samples of models whose weights are too large for the driver's machine, until the end.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+
+from raygpt.data.tokenizer import load_tokenizer
+from raygpt.errors import UserError
+from raygpt.generate import sample_text
+from raygpt.model import num_params
+from raygpt.runs.files import REPORT, SAMPLES
+from raygpt.runs.history import RUNNING, History
+from raygpt.runs.report import Facts, render_report
+from raygpt.train import state
+from raygpt.train.job import Job
+
+INTERVAL_SECONDS = 10.0
+INTERVAL_SECONDS_REMOTE = 60.0
+SAMPLED_BYTES = 2**31
+"""Weights up to this size are sampled while the run goes on."""
+_LOWEST_PRIORITY = 19
+
+
+class Chronicler:
+    """Writes report.html and samples.txt of a run in the background; a context manager.
+
+    Args:
+        plan: what follows from the settings, in words.
+        warn: told what goes wrong, once; training goes on without a report.
+    """
+
+    def __init__(self, job: Job, plan: dict[str, str], warn: Callable[[str], None]) -> None:
+        self._job, self._plan, self._warn = job, plan, warn
+        self._history = History(job.run, job.settings())
+        self.samples = Sampler(job)
+        self._small = 4 * num_params(job.config.model) <= SAMPLED_BYTES
+        self._interval = INTERVAL_SECONDS_REMOTE if job.run.root else INTERVAL_SECONDS
+        self._trouble = ""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="chronicle", daemon=True)
+
+    def __enter__(self) -> "Chronicler":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        if sys.platform == "linux":  # elsewhere threads have no priority of their own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+        while not self._stop.wait(self._interval):
+            self._guard(self._look)
+
+    def _look(self) -> None:
+        if not self._history.update():
+            return
+        newest = max(
+            (e["step"] for e in self._history.events if e["kind"] == "checkpoint"), default=0
+        )
+        if newest and self._small:
+            self.samples.add(newest)
+        self._write(RUNNING)
+
+    def close(self, kind: str, text: str = "") -> None:
+        """Write the report once more, with the state in which the driver leaves the run."""
+        self._guard(lambda: self._finish(kind, text))
+
+    def _finish(self, kind: str, text: str) -> None:
+        self._history.update()
+        self._write(kind, text)
+
+    def _write(self, kind: str, text: str = "") -> None:
+        self._history.read_samples()
+        page = render_report(self._history, Facts(self._plan, kind, text))
+        self._job.run.write_bytes(REPORT, page.encode())
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        """A report that fails stops no run."""
+        try:
+            action()
+        except Exception as error:
+            said = f"cannot write {self._job.run.child(REPORT)}: {error}"
+            if said != self._trouble:
+                self._warn(said)
+            self._trouble = said
+
+
+class Sampler:
+    """Lets checkpoints of a run continue its prompt, each once."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._texts: dict[int, str] = {}
+
+    def add(self, step: int) -> str:
+        """The text of the checkpoint of a step, which is added to samples.txt; empty if there is
+        no prompt, or no such checkpoint any more."""
+        if self._job.config.train.sample_prompt and step not in self._texts:
+            self._texts[step] = self._sample(step)
+        return self._texts.get(step, "")
+
+    def _sample(self, step: int) -> str:
+        train = self._job.config.train
+        try:
+            loaded = state.load_model(self._job.run.child(state.checkpoint_name(step)).uri)
+        except UserError:
+            return ""  # a newer one has taken its place
+        tokenizer = load_tokenizer(loaded.tokenizer_name)
+        (text,) = sample_text(
+            loaded.model,
+            tokenizer,
+            train.sample_prompt,
+            num_return_sequences=1,
+            max_length=len(tokenizer.encode(train.sample_prompt)) + train.sample_tokens,
+            seed=train.seed,
+        )
+        self._keep(step, text)
+        return text
+
+    def _keep(self, step: int, text: str) -> None:
+        run = self._job.run
+        try:
+            earlier = run.read_bytes(SAMPLES)
+        except FileNotFoundError:
+            earlier = b""
+        entry = f"--- step {step}\n{text}\n".encode()
+        if entry not in earlier:
+            run.write_bytes(SAMPLES, earlier + entry)
