@@ -42,8 +42,17 @@ class RunConfig:
     """Folder or URI (s3://, gs://) that holds runs; every node must reach it."""
     storage_patience: float = 300.0
     """Seconds for which a storage that refuses is tried again, before the run stops."""
+    mlflow: str | None = None
+    """MLflow's tracking URI, such as http://host:5000 or sqlite:////path/mlflow.db."""
+    wandb: str | None = None
+    """Project of Weights & Biases."""
 
     def __post_init__(self) -> None:
+        if "@" in (self.mlflow or "").partition("://")[2].partition("/")[0]:
+            raise UserError(
+                "run.mlflow has a user in it; give MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD to the driver instead"
+            )
         if not self.name or "/" in self.name or "\\" in self.name or self.name.startswith("."):
             raise UserError(
                 f"run.name must be a plain folder name, got {self.name!r}; "

@@ -59,13 +59,21 @@ class Folder:
         """The folder at a local path, ``file://`` path or cloud URI.
 
         Raises:
-            UserError: the path is empty.
+            UserError: the path is empty, or has a password in it.
         """
         if not path:
             raise UserError("an empty path was given; give a folder or a URI such as s3://bucket/x")
         match = _URI.fullmatch(path)
         if match is None:
             return cls("", os.path.abspath(os.path.expanduser(path)))
+        scheme, _, place = match["root"].partition("://")
+        who, at, place = place.rpartition("@")
+        if at and ":" in who:  # it would go into logs and config.json; not even told here
+            raise UserError(
+                f"{scheme}://...@{place} has a password in it; leave it out, and give it by the "
+                "machines' role or in the environment of every node (AWS_ACCESS_KEY_ID, "
+                "AWS_SECRET_ACCESS_KEY)"
+            )
         if match["root"].lower() == "file://":
             return cls("", os.path.abspath(unquote(match["path"])))
         inside = posixpath.normpath(match["path"].lstrip("/"))

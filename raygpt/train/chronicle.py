@@ -1,4 +1,4 @@
-"""The run's report and samples, kept up to date by the driver while the workers train.
+"""The run's report, samples and trackers, kept up to date by the driver while workers train.
 
 Text is sampled here, from finished checkpoints, so that no worker waits for it.  What it gives
 up: samples of models whose weights are too large for the driver's machine, until the end.
@@ -16,8 +16,10 @@ from raygpt.model import num_params
 from raygpt.runs.files import REPORT, SAMPLES
 from raygpt.runs.history import RUNNING, History
 from raygpt.runs.report import Facts, render_report
+from raygpt.storage import reason_of
 from raygpt.train import state
 from raygpt.train.job import Job
+from raygpt.train.trackers import Trackers
 
 INTERVAL_SECONDS = 10.0
 INTERVAL_SECONDS_REMOTE = 60.0
@@ -32,15 +34,19 @@ class Chronicler:
     Args:
         plan: what follows from the settings, in words.
         warn: told what goes wrong, once; training goes on without a report.
+
+    Raises:
+        UserError: a tracker cannot be used.
     """
 
     def __init__(self, job: Job, plan: dict[str, str], warn: Callable[[str], None]) -> None:
         self._job, self._plan, self._warn = job, plan, warn
+        self._trackers = Trackers(job)
         self._history = History(job.run, job.settings())
         self.samples = Sampler(job)
         self._small = 4 * num_params(job.config.model) <= SAMPLED_BYTES
         self._interval = INTERVAL_SECONDS_REMOTE if job.run.root else INTERVAL_SECONDS
-        self._trouble = ""
+        self._troubles: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="chronicle", daemon=True)
 
@@ -56,7 +62,8 @@ class Chronicler:
         if sys.platform == "linux":  # elsewhere threads have no priority of their own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         while not self._stop.wait(self._interval):
-            self._guard(self._look)
+            self._guard("follow the run in its report", self._look)
+            self._guard("tell the run's trackers", self._trackers.update)
 
     def _look(self) -> None:
         if not self._history.update():
@@ -70,7 +77,8 @@ class Chronicler:
 
     def close(self, kind: str, text: str = "") -> None:
         """Write the report once more, with the state in which the driver leaves the run."""
-        self._guard(lambda: self._finish(kind, text))
+        self._guard("finish the report", lambda: self._finish(kind, text))
+        self._guard("tell the run's trackers", lambda: self._trackers.end(kind))
 
     def _finish(self, kind: str, text: str) -> None:
         self._history.update()
@@ -81,15 +89,15 @@ class Chronicler:
         page = render_report(self._history, Facts(self._plan, kind, text))
         self._job.run.write_bytes(REPORT, page.encode())
 
-    def _guard(self, action: Callable[[], None]) -> None:
-        """A report that fails stops no run."""
+    def _guard(self, what: str, action: Callable[[], None]) -> None:
+        """Neither a report nor a tracker that fails stops a run."""
         try:
             action()
         except Exception as error:
-            said = f"cannot write {self._job.run.child(REPORT)}: {error}"
-            if said != self._trouble:
+            said = f"cannot {what}: {reason_of(error)}"
+            if said not in self._troubles:
                 self._warn(said)
-            self._trouble = said
+            self._troubles.add(said)
 
 
 class Sampler:

@@ -33,7 +33,7 @@ _VOCAB_PADDING = 1024
 
 # What may change when a run goes on; all other settings make the model or the order of data.
 _CHANGEABLE = {
-    *("run.name", "run.storage", "run.storage_patience"),
+    *("run.name", "run.storage", "run.storage_patience", "run.mlflow", "run.wandb"),
     *("data.corpus", "data.val_corpus", "data.segment_steps"),
     *("train.steps", "train.log_every", "train.eval_every", "train.eval_tokens"),
     *("train.checkpoint_every", "train.sample_prompt", "train.sample_tokens"),

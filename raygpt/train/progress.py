@@ -3,8 +3,8 @@
 Rank 0 writes.  ``metrics.jsonl`` has an object a step, each step once, since a restart first takes
 out what the checkpoint does not know of.  ``events.jsonl`` has what happened beside the steps:
 starts, checkpoints, skipped steps.  ``ledger.jsonl`` has what every step was trained on, and keeps
-it.  What it gives up: TensorBoard files on object stores, and there the last seconds of metrics,
-since a file can only be written whole.
+it.  What it gives up: on object stores the last seconds of metrics, since a file can only be
+written whole there.
 """
 
 import json
@@ -131,7 +131,8 @@ class RunLog:
         self._patience, self._say = patience, say
         earlier = read_json_lines(run, METRICS)
         ledger = read_json_lines(run, LEDGER)
-        self._attempt = last_attempt([*earlier, *ledger]) + 1
+        self.attempt = last_attempt([*earlier, *ledger]) + 1
+        """Number of this start of workers."""
         kept = [row for row in earlier if row["step"] < step]
         self._files = [
             JsonLines(run, LEDGER, ledger),
@@ -147,35 +148,40 @@ class RunLog:
                 kept.append(record.metrics)
                 self._add_metrics(record)
             if (record.ledger["step"], tuple(record.ledger["lanes"])) not in trained:
-                ledger.append(record.ledger | {"attempt": self._attempt})
+                ledger.append(record.ledger | {"attempt": self.attempt})
                 self._ledger.add(ledger[-1])
         self.last_kept = max((row.get("time", 0.0) for row in kept), default=None)
         """Unix time at which the last step that counts ended."""
         since = self.last_kept or 0.0
         self.lost = [(e["attempt"], e["time"]) for e in ledger if e.get("time", 0.0) > since]
         """Attempt and end of each step after it."""
-        self._board: Board | None = None
-        if not run.root:
-            self._board = Board(run.child(TENSORBOARD).path, step, f".{self._attempt}")
+        self.redone = len(ledger) - len({entry["step"] for entry in ledger if entry["step"] < step})
+        """How many computed steps do not count."""
+        self._board = Board(run.child(TENSORBOARD), step, f".{self.attempt}")
         self._error: BaseException | None = None
         self._writer = ThreadPoolExecutor(1, "log")
+
+    @property
+    def goodput(self) -> float:
+        """Share of the run's time in steps that count, as far as they are written."""
+        return self._accounts.goodput
 
     def step(self, record: StepRecord, board: bool) -> None:
         """Write a finished step; to TensorBoard only where ``board``."""
         self._submit(self._step, record, board)
 
     def _step(self, record: StepRecord, board: bool) -> None:
-        self._ledger.add(record.ledger | {"attempt": self._attempt})
+        self._ledger.add(record.ledger | {"attempt": self.attempt})
         row = self._add_metrics(record)
         self._write(self._ledger, self._metrics)
-        if self._board is not None and (board or "val_loss" in row):
+        if board or "val_loss" in row:
             scalars = {name: row[name] for name in _SCALARS if row.get(name) is not None}
             self._board.add(row["step"], scalars)
 
     def _add_metrics(self, record: StepRecord) -> dict[str, Any]:
         self._accounts.add(record.metrics)
         goodput = round(self._accounts.goodput, 4)
-        row = record.metrics | {"goodput": goodput, "attempt": self._attempt}
+        row = record.metrics | {"goodput": goodput, "attempt": self.attempt}
         self._metrics.add(row)
         return row
 
@@ -211,8 +217,7 @@ class RunLog:
         self._writer.shutdown()
         for file in self._files:
             file.close()
-        if self._board is not None:
-            self._board.close()
+        self._board.close()
 
     def _write(self, *files: JsonLines) -> None:
         self._patiently(*(file.write for file in files))

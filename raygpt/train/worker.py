@@ -28,6 +28,7 @@ from raygpt.runs.accounts import FIRST_STEP, RESTORE, TRAIN, Stopwatch, restart_
 from raygpt.storage import patiently
 from raygpt.train import state
 from raygpt.train.control import STOP, Listener, MakeWay
+from raygpt.train.gauges import Gauges
 from raygpt.train.job import Job
 from raygpt.train.progress import RunLog, StepRecord
 from raygpt.train.records import Recorder, gather_machines
@@ -141,6 +142,7 @@ class Worker:
             listener.say,
             self._has_saved,
         )
+        self.gauges = Gauges(config.run.name, self.rank, self.log)
         self.stopwatch = Stopwatch()
         self._mark(RESTORE, began)
         listener.rescue = self.rescue
@@ -334,6 +336,7 @@ class Worker:
         """A checkpoint counts: report it to Ray Train; called in the background."""
         with self.state_lock:
             self.unsaved = [r for r in self.unsaved if r.metrics["step"] >= position.step]
+        self.gauges.has_saved()
         reported = None
         if checkpoint is not None:
             storage = ray.train.get_context().get_storage()
@@ -372,6 +375,7 @@ class Worker:
         return record
 
     def _log_step(self, record: StepRecord) -> None:
+        self.gauges.step(record)
         if self.log is not None:
             self.log.check()
             step, log_every = record.metrics["step"], self.config.train.log_every
