@@ -204,14 +204,16 @@ class Folder:
         """Write and delete a small file here, making the folder if need be.
 
         Raises:
-            UserError: that fails; names the folder and the reason.
+            StorageError: that fails; names the folder and the reason.
         """
         probe = f".writable-{uuid.uuid4().hex}"
         try:
             self.write_bytes(probe, b"raygpt")
         except UserError as error:
             reason = str(error).rpartition(": ")[2]
-            raise UserError(f"cannot write to {self}: {reason}; choose another folder") from error
+            raise StorageError(
+                f"cannot write to {self}: {reason}; choose another folder"
+            ) from error
         self.delete_file(probe)
 
     def _filesystem(self) -> pafs.FileSystem:

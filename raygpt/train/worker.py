@@ -27,6 +27,7 @@ from raygpt.optim import build_optimizer, lr_at
 from raygpt.runs.accounts import FIRST_STEP, RESTORE, TRAIN, Stopwatch, restart_ms
 from raygpt.storage import patiently
 from raygpt.train import state
+from raygpt.train.cluster import check_reachable
 from raygpt.train.control import STOP, Listener, MakeWay
 from raygpt.train.gauges import Gauges
 from raygpt.train.job import Job
@@ -72,6 +73,9 @@ class Worker:
         self.job, self.config, self.listener = job, job.config, listener
         config, context = job.config, ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        # Nothing is trained yet: a storage that refuses at once was never right.
+        started = bool(state.steps_of(job.run))
+        check_reachable(job.run, config.run.storage_patience if started else 0.0)
 
         self.device = devices.worker_device(config.scale.gpus_per_worker or 0)
         devices.set_up(self.device, config.scale.threads, bool(config.train.exact))
