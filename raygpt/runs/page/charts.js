@@ -64,14 +64,20 @@
     return { hooks: { drawAxes: [draw] } };
   }
 
+  // What a legend says of a series: the value under the cursor, without one the last.
+  const shownOr = (text) => (u, v, index, at) => {
+    const found = at === null || at === undefined ? u.data[index].findLast((x) => x !== null && x !== undefined) : v;
+    return found === null || found === undefined ? "–" : text(found);
+  };
+
   function series(chart) {
-    const list = [{ label: choice.axis === "seconds" ? "time" : choice.axis, value: (_, v) => v === null ? "–" : place(v) }];
+    const list = [{ label: choice.axis === "seconds" ? "time" : choice.axis, value: shownOr(place) }];
     const bands = [];
     const tables = [];
     runs.forEach((run, index) => {
       const stroke = colour(`--c${index % 6}`);
       const table = [run.curves[choice.axis], run.curves[chart.name]];
-      const value = (_, v) => number(v, chart);
+      const value = shownOr((v) => number(v, chart));
       list.push({
         label: several ? run.name : chart.name === "loss" ? "training" : chart.title.toLowerCase(),
         stroke, width: 1.6, value, spanGaps: true, points: { show: run.curves.step.length < 3 },
@@ -79,7 +85,7 @@
       });
       if (chart.band && !several) {
         table.push(run.curves[chart.name + "_low"], run.curves[chart.name + "_high"]);
-        const edge = { stroke: "transparent", width: 0, value, spanGaps: true, points: { show: false } };
+        const edge = { stroke: "transparent", width: 0, value, spanGaps: true, points: { show: false }, class: "edge" };
         list.push({ label: "lowest", ...edge }, { label: "highest", ...edge });
         bands.push({ series: [list.length - 1, list.length - 2], fill: colour("--band") });
       }
@@ -120,7 +126,7 @@
           y: log ? { distr: 3 } : { range: (u, low, high) => range(chart, low, high) },
         },
         axes: [
-          { ...axis, values: (_, ticks) => ticks.map(place), space: 70 },
+          { ...axis, values: (_, ticks) => ticks.map(place), space: 70, size: 30 },
           { ...axis, values: (_, ticks) => ticks.map((t) => t === null ? "" : chart.whole && t % 1 ? "" : number(t, chart)), size: 62 },
         ],
       };
