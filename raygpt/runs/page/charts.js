@@ -155,11 +155,15 @@
     build();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", build);
-  let width = 0;
-  addEventListener("resize", () => {
-    if (innerWidth !== width) { width = innerWidth; build(); }
-  });
   build();
+  // Also when a scroll bar has made it narrower.
+  let width = document.getElementById("charts").clientWidth;
+  new ResizeObserver(([{ contentRect }]) => {
+    if (contentRect.width !== width) {
+      width = contentRect.width;
+      requestAnimationFrame(build);
+    }
+  }).observe(document.getElementById("charts"));
   // The file of a run that goes on is written anew every few seconds.
   if (running) setTimeout(() => location.reload(), 30000);
 })();
