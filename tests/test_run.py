@@ -1,5 +1,6 @@
 """Whole runs on a real Ray: what is printed and written, every W, killed and gone on with."""
 
+import html
 import json
 import math
 import re
@@ -17,6 +18,8 @@ from head import Head
 from helpers import WEIGHTS_FILE
 
 from raygpt.data.prepare import prepare
+from raygpt.runs.files import EVENTS, read_json_lines
+from raygpt.runs.history import parse_samples
 from raygpt.settings import load_settings
 from raygpt.storage import Folder
 from raygpt.train.state import METADATA, checkpoint_name, steps_of
@@ -62,6 +65,9 @@ class Place:
     def rows(self, name: str) -> list[dict[str, Any]]:
         lines = (self.storage / name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return read_json_lines(Folder.from_path(str(self.storage / name)), EVENTS)
 
     def trained(self, name: str) -> list[dict[str, Any]]:
         return [{key: row[key] for key in TRAINED if key in row} for row in self.rows(name)]
@@ -117,11 +123,27 @@ def test_a_runs_folder_holds_what_the_design_says(place: Place, quiet: str) -> N
         tokens = row["tokens"] - rows[row["step"] - 1]["tokens"]
         assert row["tokens_per_s"] == pytest.approx(1000 * tokens / row["step_ms"], rel=1e-3)
     assert steps_of(Folder.from_path(str(run)))[-2:] == [280, STEPS]
-    assert (run / "samples.txt").read_text().count("--- step") == 1
+    samples = parse_samples((run / "samples.txt").read_text())
+    assert samples[-1][0] == STEPS and {step % 20 for step, _ in samples} == {0}
     assert list((run / "tensorboard").glob("events.out.*"))
     resolved, _ = load_settings(["--config", str(run / "config.json")])
     assert resolved.optim.min_lr == pytest.approx(3e-4)
     assert resolved.optim.decay_tokens == rows[-1]["tokens"]
+
+
+def test_the_report_is_that_of_the_finished_run(place: Place, quiet: str) -> None:
+    page = (place.storage / "quiet" / "report.html").read_text()
+    assert '<span class="state finished">' in page
+    (data,) = re.findall(r'id="data">(.*?)</script>', page)
+    (told,) = json.loads(data)["runs"]
+    rows = place.rows("quiet")
+    assert told["curves"]["step"][-1] == STEPS - 1
+    assert told["validations"]["val_loss"] == [r["val_loss"] for r in rows if "val_loss" in r]
+    (start,) = (e for e in place.events("quiet") if e["kind"] == "start")
+    (machine,) = start["machines"]
+    assert machine["workers"] == 2 and machine["address"] in page and machine["device"] in page
+    samples = (place.storage / "quiet" / "samples.txt").read_text()
+    assert html.unescape(page).count(parse_samples(samples)[-1][1]) == 1
 
 
 def test_one_worker_trains_the_same_model(place: Place, quiet: str) -> None:

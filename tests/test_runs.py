@@ -40,7 +40,7 @@ def test_runs_are_listed_the_latest_first(storage: Folder) -> None:
     second, first = ([cell.strip() for cell in line.split("│")[1:-1]] for line in lines)
     assert second[:6] == ["second", "running", "20 / 40", "3.3100", "2.8100", "2.8100"]
     assert first[:6] == ["first", "finished", "40 / 40", "3.1100", "2.6100", "2.6100"]
-    assert first[-1] == "120 min ago"
+    assert first[-1] == "2.0 h ago"
 
 
 def test_a_damaged_run_is_named_and_the_others_are_listed(storage: Folder) -> None:

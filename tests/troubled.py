@@ -76,10 +76,12 @@ class Reference:
         (folder / "text.txt").write_bytes(text)
         corpus = str(folder / "corpus")
         prepare([str(folder / "text.txt")], corpus, "bytes", val_fraction=0.1, on_ray=False)
+        self.storage = str(folder / "storage")
+        """Where it lies."""
         self.settings.write_text(
-            SETTINGS.replace("STORAGE", str(folder / "storage")).replace("CORPUS", corpus)
+            SETTINGS.replace("STORAGE", self.storage).replace("CORPUS", corpus)
         )
-        run = self.run(str(folder / "storage"), "quiet")
+        run = self.run(self.storage, "quiet")
         finish(run.start())
         self.result = run.result()
         assert [row["step"] for row in self.result[1]] == list(range(STEPS))

@@ -1,0 +1,112 @@
+"""A cluster of a head alone grows for a run and shrinks after it, under Ray's own autoscaler.
+
+Ray's fake provider starts a raylet where a cloud would start a machine; all else is real.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from head import Head
+from troubled import Reference, Run, finish, wait_for
+
+MOST = 3
+IDLE_MINUTES = 0.1
+DEADLINE_SECONDS = 90.0
+_ENVIRONMENT = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+
+
+class AutoscalingHead(Head):
+    """A head that trains nothing, and may have up to three machines of one CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "cluster.json"
+        super().__init__(0, None, (f"--autoscaling-config={self.file}",), _ENVIRONMENT)
+        provider = {
+            "type": "fake_multinode",
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "gcs_address": self.address,
+            "launch_multiple": True,
+        }
+        types: dict[str, Any] = {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "worker": {
+                "resources": {"CPU": 1, "object_store_memory": 100_000_000},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": MOST,
+            },
+        }
+        config = {
+            "cluster_name": "grows",
+            "max_workers": MOST,
+            "idle_timeout_minutes": IDLE_MINUTES,
+            "upscaling_speed": float(MOST),
+            "provider": provider,
+            "available_node_types": types,
+            "head_node_type": "ray.head.default",
+        }
+        self.file.write_text(json.dumps(config))
+
+    def machines(self) -> int:
+        """Raylets beside the head's own."""
+        family = self.nodes[0].family()
+        return sum(process.name() == "raylet" for process in family) - 1
+
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AutoscalingHead]:
+    with AutoscalingHead(tmp_path_factory.mktemp("growing")) as head:
+        yield head
+
+
+def wait(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+@pytest.mark.xdist_group("ray")
+def test_it_grows_for_a_run_and_shrinks_after_it(
+    growing: AutoscalingHead, reference: Reference
+) -> None:
+    wait(lambda: growing.machines() == 0, "the cluster is not empty")
+    run = Run(growing, reference.settings, reference.storage, "grown")
+    process = run.start("--scale.workers", "2")
+    wait_for(process, lambda: bool(run.rows()))
+    assert growing.machines() == 2
+    finish(process)
+    assert run.result() == reference.result
+    wait(lambda: growing.machines() == 0, "the cluster does not shrink")
+
+
+@pytest.mark.xdist_group("ray")
+def test_an_elastic_run_starts_with_what_is_there_and_grows(
+    growing: AutoscalingHead, reference: Reference
+) -> None:
+    run = Run(growing, reference.settings, reference.storage, "elastic")
+    process = run.start("--scale.workers", f"1:{MOST}", "--train.steps", "1000000")
+    wait_for(process, lambda: bool(run.rows()))
+    assert run.rows()[0]["world_size"] < MOST
+    wait_for(process, lambda: run.rows()[-1]["world_size"] == MOST)
+    assert growing.machines() == MOST
+    process.terminate()
+    finish(process, status=128 + signal.SIGTERM)
+    assert run.redone() == []
+    wait(lambda: growing.machines() == 0, "the cluster does not shrink")
+
+
+@pytest.mark.xdist_group("ray")
+def test_a_run_that_could_never_fit_is_refused(growing: AutoscalingHead, tmp_path: Path) -> None:
+    workers = ("--scale.workers", str(MOST + 1), "--batch.lanes", "8")
+    output = growing.train("--run.storage", str(tmp_path), *workers, status=2)
+    (error,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert f"scale.workers {MOST + 1}: the cluster has room for {MOST} workers" in error
+    assert "it can grow to" in error and growing.machines() == 0
