@@ -1,0 +1,108 @@
+"""Machines that can be reached by SSH: hosts of a test network with homes of their own.
+
+Each runs a real sshd, in a mount namespace in which its home folder and Ray's folder are its own.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from chaos.network import Network, NetworkHost, available
+
+HOME = Path.home()
+_SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
+_OWN = ("/tmp/ray", "/run/sshd")
+"""Folders that every machine has for itself."""
+_START_SECONDS = 30.0
+
+
+def missing() -> str:
+    """Why there can be no such machines here; empty if there can."""
+    programs = [name for name in ("rsync", "ssh-keygen", "unshare") if shutil.which(name) is None]
+    if not Path(_SSHD).exists():
+        programs.append("sshd")
+    return available() or (f"{' and '.join(programs)} is not installed" if programs else "")
+
+
+class Machines:
+    """A network of machines, and a key that opens them; to be used in a ``with`` block.
+
+    Args:
+        folder: for their homes.
+        count: how many.
+    """
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self._folder, self._count = folder, count
+        self.key = folder / "key"
+        self.hosts: list[NetworkHost] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Machines":
+        with ExitStack() as stack:
+            network = stack.enter_context(Network())
+            _make_key(self.key)
+            for _ in range(self._count):
+                self._add(network.add_host())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _add(self, host: NetworkHost) -> None:
+        home = self.home(host)
+        (home / ".ssh").mkdir(parents=True, mode=0o700)
+        shutil.copy(self.key.with_suffix(".pub"), home / ".ssh" / "authorized_keys")
+        # What a login shell finds: the programs that run the tests, as an image would have them.
+        (home / ".bashrc").write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
+        _make_key(home / "host_key")
+        config = home / "sshd_config"
+        config.write_text(
+            f"ListenAddress {host.address}\nHostKey {HOME / 'host_key'}\nStrictModes no\n"
+            "PermitRootLogin prohibit-password\nPasswordAuthentication no\nUsePAM no\n"
+            "PidFile none\nMaxStartups 50\n"
+        )
+        with (home / "sshd.log").open("wb") as log:
+            subprocess.Popen(
+                self.command(host, _SSHD, "-D", "-e", "-f", str(HOME / "sshd_config")),
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+            )
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                with host.inside():
+                    socket.create_connection((host.address, 22), timeout=1).close()
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    log_text = (home / "sshd.log").read_text()
+                    raise RuntimeError(f"sshd did not start:\n{log_text}") from None
+                time.sleep(0.05)
+        self.hosts.append(host)
+
+    def home(self, host: NetworkHost) -> Path:
+        """Where a machine's home folder really lies."""
+        return self._folder / host.address
+
+    def command(self, host: NetworkHost, *words: str) -> list[str]:
+        """A command that runs ``words`` on a machine, as its root."""
+        for folder in _OWN:
+            os.makedirs(folder, exist_ok=True)
+        mounts = [f"mount --bind {self.home(host)} {HOME}"]
+        mounts += [f"mount -t tmpfs tmpfs {folder}" for folder in _OWN]
+        script = " && ".join([*mounts, f"cd {HOME}", 'exec "$@"'])
+        own = ("unshare", "--mount", "--propagation", "private", "bash", "-c", script, "bash")
+        return host.command(*own, *words)
+
+
+def _make_key(path: Path) -> None:
+    command = ("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path))
+    subprocess.run(command, check=True, capture_output=True, timeout=30)
