@@ -21,6 +21,7 @@ from pathlib import Path
 
 # Before Ray is imported, which reads them once.
 os.environ.update(RAY_AUTH_MODE="token", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # notices come from the schedule
 os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)
 os.environ.pop("RAY_ADDRESS", None)
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -116,14 +116,16 @@ class Head:
             raise
         return self
 
-    def add_node(self, cpus: int, host: Host | None = None) -> Node:
-        """One more machine; Ray needs a few seconds until it counts."""
-        return self._add(host or self.host, f"--address={self.address}", f"--num-cpus={cpus}")
+    def add_node(self, cpus: int, host: Host | None = None, **environment: str) -> Node:
+        """One more machine, with more variables; Ray needs a few seconds until it counts."""
+        own = (f"--address={self.address}", f"--num-cpus={cpus}")
+        return self._add(host or self.host, *own, **environment)
 
-    def _add(self, host: Host, *arguments: str) -> Node:
+    def _add(self, host: Host, *arguments: str, **environment: str) -> Node:
         folder = self.folder / str(len(self.nodes))
         folder.mkdir()
-        node = Node(folder, host, *arguments, *self._options, environment=self._node_environment)
+        environment = self._node_environment | environment
+        node = Node(folder, host, *arguments, *self._options, environment=environment)
         self.nodes.append(node)
         return node
 

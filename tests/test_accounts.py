@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raygpt.runs import accounts as accounts_module
 from raygpt.runs.accounts import (
     CONNECT,
     COUNTED,
@@ -29,7 +30,6 @@ from raygpt.runs.accounts import (
 )
 from raygpt.runs.files import METRICS, read_json_lines
 from raygpt.storage import Folder
-from raygpt.train import accounts as accounts_module
 from raygpt.train.control import Control
 from raygpt.train.progress import RunLog, StepRecord
 

@@ -62,7 +62,8 @@ class AutoscalingHead(Head):
 
 @pytest.fixture(scope="module")
 def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AutoscalingHead]:
-    with AutoscalingHead(tmp_path_factory.mktemp("growing")) as head:
+    head = AutoscalingHead(tmp_path_factory.mktemp("growing"))
+    with head:
         yield head
 
 

@@ -15,7 +15,7 @@ from logged import HALF_LINE, file, log_steps, record, row, settle, steps
 from logged import run as run
 
 from raygpt.errors import UserError
-from raygpt.runs.files import EVENTS, METRICS, TENSORBOARD, read_json_lines
+from raygpt.runs.files import EVENTS, METRICS, read_json_lines
 from raygpt.storage import Folder
 from raygpt.train.progress import RunLog
 
@@ -141,4 +141,4 @@ def test_an_object_store_has_whole_lines_after_each_flush(
     log_steps(run, 1, 2)
     assert steps(run) == [0, 1]
     assert [e["kind"] for e in read_json_lines(run, EVENTS)] == ["checkpoint", "start"]
-    assert not run.exists(TENSORBOARD) and not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ import re
 import struct
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,8 @@ def check_crc(data: bytes, masked: bytes) -> None:
     assert struct.unpack("<I", masked) == (expected,)
 
 
-def read_events(path: Path) -> Iterator[Event]:
+def read_events(data: bytes) -> Iterator[Event]:
     """The events of a file of TFRecords: length, its CRC, data, its CRC."""
-    data = path.read_bytes()
     while data:
         (length,) = struct.unpack("<Q", data[:8])
         check_crc(data[:8], data[8:12])
@@ -53,8 +53,9 @@ def read_events(path: Path) -> Iterator[Event]:
 def board(run: Folder) -> dict[str, dict[int, float]]:
     """What TensorBoard shows: a start at step k hides what earlier files have from k on."""
     shown: dict[str, dict[int, float]] = {}
-    for path in sorted(file(run, TENSORBOARD).iterdir()):
-        events = list(read_events(path))
+    folder = run.child(TENSORBOARD)
+    for name in folder.list():
+        events = list(read_events(folder.read_bytes(name)))
         assert events[0].file_version == "brain.Event:2"
         for event in events:
             if event.session_log.status == SessionLog.START:
@@ -104,6 +105,24 @@ def test_the_board_hides_what_a_restart_takes_out(run: Folder) -> None:
     shown = board(run)
     assert shown["world_size"] == {step: 2 if step < 6 else 1 for step in range(8)}
     assert list(shown["loss"]) == list(range(8)) == steps(run)
+
+
+def test_an_object_store_has_a_board_while_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("raygpt.train.board.UPLOAD_SECONDS", 0.05)
+    store = Folder.from_path(f"mock:///bucket/{uuid.uuid4().hex}")
+    log = RunLog(store, 0)
+    log.step(record(0), board=True)
+    deadline = time.monotonic() + 30
+    while not (store.child(TENSORBOARD).list() and board(store).get("loss")):
+        log.step(record(0, loss=None), board=False)
+        assert time.monotonic() < deadline, "nothing is uploaded"
+        time.sleep(0.05)
+    log.step(record(1), board=True)
+    log.close()
+    log_steps(store, 1, 3)
+    assert list(board(store)["loss"]) == [0, 1, 2]
 
 
 def test_a_disk_that_was_full_does_not_stop_the_log(

@@ -204,7 +204,8 @@ def _colour(name: str) -> int:
 
 def _machines(history: History) -> list[dict[str, str]]:
     """Those of the last start."""
-    found = next((e["machines"] for e in reversed(history.events) if "machines" in e), [])
+    known = [event["machines"] for event in history.events if "machines" in event]
+    found: list[dict[str, Any]] = known[-1] if known else []
     return [
         {
             "address": machine["address"],

@@ -26,7 +26,7 @@ from raygpt.model import GPT
 from raygpt.optim import build_optimizer, lr_at
 from raygpt.runs.accounts import FIRST_STEP, RESTORE, TRAIN, Stopwatch, restart_ms
 from raygpt.storage import patiently
-from raygpt.train import state
+from raygpt.train import notice, state
 from raygpt.train.cluster import check_reachable
 from raygpt.train.control import STOP, Listener, MakeWay
 from raygpt.train.gauges import Gauges
@@ -121,6 +121,8 @@ class Worker:
         self.log: RunLog | None = None
         machines = gather_machines(self.device)
         patience = config.run.storage_patience
+        if context.get_local_rank() == 0:
+            notice.watch(listener.say)
         if self.rank == 0:
             self.log = RunLog(job.run, self.position.step, self.rescued, patience, listener.say)
             if self.rescued:
