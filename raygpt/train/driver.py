@@ -65,6 +65,12 @@ def run(config: Config, dry_run: bool = False, began: float | None = None) -> No
     say(console, "connecting to Ray ...")
     cluster.connect()
     job = replace(job, config=replace(job.config, scale=cluster.fit_scale(job.config.scale)))
+    scale = job.config.scale
+    say(
+        console,
+        f"asking for {scale.workers} workers of {scale.cpus_per_worker:g} CPUs and "
+        f"{scale.gpus_per_worker} GPUs ...",
+    )
     control = start_control(job.run, began)
     job.run.write_bytes(CONFIG, json.dumps(job.settings(), indent=1).encode())
     chronicler = Chronicler(job, rows, warn)
