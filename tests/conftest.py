@@ -65,7 +65,8 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def head() -> Iterator[Head]:
     """A Ray head of two CPUs, which two workers and their readers fill."""
-    with Head(cpus=2) as started:
+    # Metrics are exported every ten seconds otherwise.
+    with Head(cpus=2, environment={"RAY_metrics_report_interval_ms": "1000"}) as started:
         yield started
 
 

@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from head import Head
 from helpers import WEIGHTS_FILE
+from hosts import LocalHost
 
 from raygpt.data.prepare import prepare
 from raygpt.runs.files import EVENTS, read_json_lines
@@ -239,6 +241,35 @@ def test_a_shard_that_changed_ends_the_run(place: Place, tmp_path: Path) -> None
     (error,) = (line for line in output.splitlines() if line.startswith("error: "))
     assert f"{shard}, row group" in error
     assert "Traceback" not in output
+
+
+class HidingHost(LocalHost):
+    """This machine, but for a folder that its programs see empty."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def command(self, *words: str) -> list[str]:
+        script = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
+        own = ("unshare", "--mount", "--propagation", "private", "bash", "-c", script)
+        return [*own, str(self._folder), *words]
+
+
+@pytest.mark.skipif(bool(os.geteuid()), reason="hiding a folder needs root")
+def test_a_machine_that_does_not_reach_the_storage_is_named(place: Place) -> None:
+    """Before a step is trained; all other machines reach it."""
+    node = place.head.add_node(1, HidingHost(place.storage))
+    try:
+        output = place.train("hidden", "--scale.workers", "3", status=2)
+    finally:
+        node.kill()
+        place.head.nodes.remove(node)
+    (error,) = (line for line in output.splitlines() if line.startswith("error: "))
+    hidden = place.storage / "hidden"
+    assert f"does not see {hidden}/config.json, which the driver wrote" in error
+    assert "run.storage must be the same place for every machine" in error
+    assert not (hidden / "metrics.jsonl").exists() and "Traceback" not in output
 
 
 def test_a_submitted_job_trains_the_same_model(place: Place, quiet: str) -> None:

@@ -1,0 +1,86 @@
+"""What a cluster shows of a run while it trains: Ray's dashboard, Prometheus, Grafana."""
+
+import json
+import os
+import re
+import signal
+import time
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from head import ROOT, Head
+from troubled import Reference, finish
+
+from raygpt.train.gauges import NAMES
+
+DEADLINE_SECONDS = 90.0
+_SERIES = re.compile(r"^(ray_raygpt_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+
+
+def fetch(url: str) -> str:
+    token = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=token), timeout=10) as answer:
+        text: str = answer.read().decode()
+        return text
+
+
+def series(head: Head) -> dict[str, dict[str, float]]:
+    """What Prometheus would collect of raygpt from all nodes: name, rank, value."""
+    (file,) = head.folder.rglob("prom_metrics_service_discovery.json")
+    (group,) = json.loads(file.read_text())
+    found: dict[str, dict[str, float]] = {}
+    for target in group["targets"]:
+        for name, labels, value in _SERIES.findall(fetch(f"http://{target}/metrics")):
+            tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+            if tags["run"] == "watched":
+                found.setdefault(name, {})[tags["rank"]] = float(value)
+    return found
+
+
+def wait(head: Head, condition: Callable[[dict[str, dict[str, float]]], bool]) -> Any:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while True:
+        found = series(head)
+        if condition(found):
+            return found
+        assert time.monotonic() < deadline, f"still waiting, with {found}"
+        time.sleep(0.5)
+
+
+def test_a_run_can_be_watched(head: Head, reference: Reference) -> None:
+    run = reference.run(reference.storage, "watched")
+    process = run.start("--train.steps", "1000000", "--train.eval_every", "20")
+    shown = {f"ray_{name}" for name in NAMES} - {"ray_raygpt_mfu"}  # no peak is known of a CPU
+    try:
+        found = wait(head, lambda series: set(series) >= shown)
+        page = json.loads(fetch(f"{head.dashboard}/api/train/v2/runs/v1"))
+        process.send_signal(signal.SIGINT)
+        finish(process, status=130)
+    finally:
+        process.kill()
+    assert set(found["ray_raygpt_step_seconds"]) == {"0", "1"}, "every worker"
+    assert found["ray_raygpt_world_size"]["0"] == 2 and found["ray_raygpt_restarts"]["0"] == 0
+    steps = {row["step"]: row for row in run.rows()}
+    last = steps[int(found["ray_raygpt_step"]["0"])]
+    assert 0 < found["ray_raygpt_loss"]["0"] < 6 and last["loss"] < 6
+    assert 0 < found["ray_raygpt_goodput"]["0"] <= 1
+    (state,) = (r for r in page["train_runs"] if r["name"] == "watched")
+    assert state["status"] == "RUNNING"
+
+
+def test_grafana_asks_for_series_that_exist() -> None:
+    board: dict[str, Any] = json.loads((ROOT / "docs" / "grafana.json").read_text())
+    asked: set[str] = set()
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            asked |= set(re.findall(r"\bray_(raygpt_\w+)", target["expr"]))
+            assert target["expr"].count("(") == target["expr"].count(")")
+            assert 'run=~"$run"' in target["expr"]
+    assert asked == set(NAMES)
+    places = [tuple(panel["gridPos"][side] for side in "xywh") for panel in board["panels"]]
+    cells = [(x + i, y + j) for x, y, w, h in places for i in range(w) for j in range(h)]
+    assert len(cells) == len(set(cells)), "panels lie on each other"
+    (variable,) = (v for v in board["templating"]["list"] if v["name"] == "run")
+    assert variable["query"]["query"] == "label_values(ray_raygpt_step, run)"
+    assert not re.search(r"https?://", json.dumps(board))
