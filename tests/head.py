@@ -52,6 +52,14 @@ class Node:
                 stderr=log,
             )
 
+    def wait(self) -> None:
+        """Until Ray counts it."""
+        deadline = time.monotonic() + START_SECONDS
+        while "Ray runtime started" not in self.log.read_text():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"a node did not start:\n{self.log.read_text()}")
+            time.sleep(0.1)
+
     def kill(self) -> None:
         """End all of it at once, as a power cut would, by process id, until nothing is left."""
         while family := self.family():

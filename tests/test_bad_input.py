@@ -11,6 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
+from head import Head
 
 from raygpt.data.corpus import Corpus
 from raygpt.data.prepare import prepare
@@ -161,6 +163,51 @@ def test_no_cluster_at_the_address(tmp_path: Path, tiny_corpus: Corpus) -> None:
     (line,) = process.stderr.splitlines()
     assert line.startswith("error: no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1 ")
     assert not list(tmp_path.iterdir())
+
+
+_OTHER_RAY = "import ray; ray.__version__ = '2.1.0'; import runpy, sys;"
+
+
+@pytest.mark.parametrize(
+    ("before", "environment", "said"),
+    [
+        ("", {"RAY_AUTH_TOKEN": "0" * 32}, ["oken"]),
+        ("", {"RAY_AUTH_TOKEN": None, "RAY_AUTH_TOKEN_PATH": None}, ["oken"]),
+        ("", {"RAY_AUTH_MODE": "disabled"}, ["oken"]),
+        (_OTHER_RAY, {}, ["Version mismatch", "Ray: 2.1.0", f"Ray: {ray.__version__}"]),
+    ],
+    ids=["wrong token", "no token", "no authentication", "other version"],
+)
+def test_a_cluster_that_does_not_let_in(
+    head: Head,
+    tmp_path: Path,
+    tiny_corpus: Corpus,
+    before: str,
+    environment: dict[str, str | None],
+    said: list[str],
+) -> None:
+    """One line, in a while that a person waits."""
+    script = str(ROOT / "jobs" / "train.py")
+    code = before or "import runpy, sys;"
+    code += f"sys.argv[0] = {script!r}; runpy.run_path({script!r}, run_name='__main__')"
+    everything = {**head.environment, "HOME": str(tmp_path), **environment}
+    process = subprocess.run(
+        [
+            *(sys.executable, "-c", code, *SMALL),
+            *("--run.storage", str(tmp_path / "runs"), "--data.corpus", tiny_corpus.path),
+        ],
+        env={name: value for name, value in everything.items() if value is not None},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 2, process.stderr
+    *_, line = process.stderr.splitlines()
+    assert line.startswith(f"error: no Ray cluster answers at RAY_ADDRESS={head.address} ")
+    assert all(part in line for part in said), line
+    assert "Traceback" not in process.stderr
+    assert not (tmp_path / "runs" / "shakespeare").exists()
 
 
 def test_no_space_for_the_corpus(job: Job, small_disk: Path) -> None:

@@ -261,6 +261,7 @@ def test_a_machine_that_does_not_reach_the_storage_is_named(place: Place) -> Non
     """Before a step is trained; all other machines reach it."""
     node = place.head.add_node(1, HidingHost(place.storage))
     try:
+        node.wait()
         output = place.train("hidden", "--scale.workers", "3", status=2)
     finally:
         node.kill()

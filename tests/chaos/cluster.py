@@ -5,12 +5,11 @@ can then be killed, but not cut off.
 """
 
 import contextlib
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
-from head import START_SECONDS, Head, Node
+from head import Head, Node
 from hosts import Host, LocalHost
 
 from chaos.network import Network, NetworkHost, available
@@ -69,21 +68,13 @@ class Cluster:
         for _ in range(self._size):
             self.add()
         for node in self.nodes:
-            self.wait_for(node)
+            node.wait()
 
     def add(self) -> Node:
         """One more node; Ray needs a few seconds until it counts."""
         node = self.head.add_node(1, self._host())
         self.nodes.append(node)
         return node
-
-    def wait_for(self, node: Node) -> None:
-        """Wait until Ray counts a node."""
-        deadline = time.monotonic() + START_SECONDS
-        while "Ray runtime started" not in node.log.read_text():
-            if node.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"a node did not start:\n{node.log.read_text()}")
-            time.sleep(0.1)
 
     def kill(self, node: Node) -> None:
         """A node's power is cut."""
