@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 def test_files_exist() -> None:
     jobs = set(re.findall(r"\bjobs/\w+\.py", README))
     assert len(jobs) >= 4
-    listed = set(re.findall(r"`((?:raygpt|jobs|tests|docs)/[\w/.]*)`", README))
+    listed = set(re.findall(r"`((?:raygpt|jobs|tests|docs|deploy)/[\w/.]*)`", README))
     for name in {*jobs, *listed, "LICENSE", "cluster.yaml", "constraints.txt"}:
         assert (ROOT / name).exists(), name
 
