@@ -12,13 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray._private.state import state as ray_state
 
 from raygpt.config import ScaleConfig
 from raygpt.data.stream import READER_CPUS
 from raygpt.errors import UserError
 from raygpt.runs.files import CONFIG
 from raygpt.storage import Folder, patiently
+from raygpt.train import growth
+from raygpt.train.growth import Shape
 
 CONNECT_SECONDS = 10.0
 
@@ -72,7 +73,7 @@ def check_reachable(run: Folder, patience: float) -> None:
 def fit_scale(scale: ScaleConfig) -> ScaleConfig:
     """Settle ``gpus_per_worker`` and check that workers and their readers fit the cluster.
 
-    Where the cluster can grow, what its configuration allows counts, not what is there.
+    Where the cluster can grow, what it can become counts, not what is there.
 
     Raises:
         UserError: the cluster is too small; says what it has.
@@ -82,16 +83,22 @@ def fit_scale(scale: ScaleConfig) -> ScaleConfig:
             f"scale.cpus_per_worker {scale.cpus_per_worker:g} must be above {READER_CPUS}, the "
             "share that reading takes"
         )
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    most = ray_state.get_max_resources_from_cluster_config()
-    shapes: list[dict[str, Any]] = [most] if most else nodes
+    shapes: list[Shape] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    grows = growth.can_grow()
+    largest = growth.largest_cluster() if grows else None
+    shapes = largest or shapes
     gpus = scale.gpus_per_worker
     if gpus is None:
         gpus = int(any(shape.get("GPU", 0) >= 1 for shape in shapes))
+        if grows and not largest and not gpus:
+            raise UserError(
+                "scale.gpus_per_worker must be given, 0 or 1: the cluster grows, and what machines "
+                "it will have is not known here"
+            )
     room = sum(_room(shape, scale.cpus_per_worker, gpus) for shape in shapes)
-    if room < scale.min_workers:
+    if room < scale.min_workers and (largest or not grows):
         has = ", ".join(f"{s.get('CPU', 0):g} CPUs and {s.get('GPU', 0):g} GPUs" for s in shapes)
-        where = "it can grow to" if most else "its nodes have"
+        where = "it can grow to nodes with" if largest else "its nodes have"
         raise UserError(
             f"scale.workers {scale.workers}: the cluster has room for {room} workers of "
             f"{scale.cpus_per_worker:g} CPUs and {gpus} GPUs ({where} {has}); lower "
