@@ -179,7 +179,7 @@ def main() -> None:
             *costs(outcomes, checks.redone(disturbed, outcomes)),
             "",
             "Goodput is the share of wall time in steps that count; left alone, raygpt's is "
-            f"{goodput(quiet):.0%}.",
+            f"{goodput(quiet):.0%}. Plain Ray Train runs until the last event is over.",
             "",
             "| the same faults | wall seconds | goodput | lost an event, s | median recovery, s | "
             "steps computed again |",

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 import ray
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated import autoscaler_pb2
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,8 @@ def drain(end: float) -> None:
     """
     context = ray.get_runtime_context()
     client = GcsClient(address=context.gcs_address)
-    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    reasons = autoscaler_pb2.DrainNodeReason  # type: ignore[attr-defined]
+    reason = reasons.Value("DRAIN_NODE_REASON_PREEMPTION")
     accepted, why_not = client.drain_node(
         context.get_node_id(), reason, "spot notice", int(1000 * end)
     )
