@@ -43,7 +43,7 @@ class AutoscalingHead(Head):
                 "max_workers": MOST,
             },
         }
-        config = {
+        config: dict[str, Any] = {
             "cluster_name": "grows",
             "max_workers": MOST,
             "idle_timeout_minutes": IDLE_MINUTES,
@@ -51,7 +51,14 @@ class AutoscalingHead(Head):
             "provider": provider,
             "available_node_types": types,
             "head_node_type": "ray.head.default",
+            "file_mounts": {},
+            "cluster_synced_files": [],
+            "auth": {},
         }
+        for when in ("initialization", "setup", "head_setup", "worker_setup"):
+            config[f"{when}_commands"] = []
+        for kind in ("head", "worker"):
+            config[f"{kind}_start_ray_commands"] = []
         self.file.write_text(json.dumps(config))
 
     def machines(self) -> int:
@@ -106,7 +113,7 @@ def test_an_elastic_run_starts_with_what_is_there_and_grows(
 
 @pytest.mark.xdist_group("ray")
 def test_a_run_that_could_never_fit_is_refused(growing: AutoscalingHead, tmp_path: Path) -> None:
-    workers = ("--scale.workers", str(MOST + 1), "--batch.lanes", "8")
+    workers = ("--scale.workers", str(MOST + 1), "--batch.lanes", "4")
     output = growing.train("--run.storage", str(tmp_path), *workers, status=2)
     (error,) = (line for line in output.splitlines() if line.startswith("error: "))
     assert f"scale.workers {MOST + 1}: the cluster has room for {MOST} workers" in error

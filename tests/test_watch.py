@@ -27,8 +27,7 @@ def fetch(url: str) -> str:
 
 def series(head: Head) -> dict[str, dict[str, float]]:
     """What Prometheus would collect of raygpt from all nodes: name, rank, value."""
-    (file,) = head.folder.rglob("prom_metrics_service_discovery.json")
-    (group,) = json.loads(file.read_text())
+    (group,) = json.loads((head.folder / "0" / "prom_metrics_service_discovery.json").read_text())
     found: dict[str, dict[str, float]] = {}
     for target in group["targets"]:
         for name, labels, value in _SERIES.findall(fetch(f"http://{target}/metrics")):

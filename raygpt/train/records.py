@@ -79,12 +79,13 @@ class Recorder:
         return StepRecord(row, ledger)
 
 
-def gather_machines(device: torch.device) -> list[dict[str, Any]]:
+def gather_machines(device: torch.device) -> tuple[list[dict[str, Any]], bool]:
     """The machines of this group of workers; every worker calls it.
 
     Returns:
-        Of each its ``address``, ``device`` (of the first worker there), ``cpus``, ``memory`` in
-        bytes and number of ``workers``, in the order of their first ranks.
+        Of each machine its ``address``, ``device`` (of the first worker there), ``cpus``,
+        ``memory`` in bytes and number of ``workers``, in the order of their first ranks; and
+        whether this worker is the first one of its machine.
     """
     mine = {
         "address": ray.util.get_node_ip_address(),
@@ -93,8 +94,10 @@ def gather_machines(device: torch.device) -> list[dict[str, Any]]:
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, (ray.get_runtime_context().get_node_id(), mine))
     machines: dict[str, dict[str, Any]] = {}
-    for found in everyone:
-        machines.setdefault(found["address"], {**found, "workers": 0})["workers"] += 1
-    return list(machines.values())
+    nodes = [node for node, _ in everyone]
+    for node, found in everyone:
+        machines.setdefault(node, {**found, "workers": 0})["workers"] += 1
+    rank = dist.get_rank()
+    return list(machines.values()), nodes.index(nodes[rank]) == rank

@@ -119,9 +119,9 @@ class Worker:
         """Whether weights, optimizer and position belong to one step; who looks or changes."""
         self.copier = devices.Copier(self.device)
         self.log: RunLog | None = None
-        machines = gather_machines(self.device)
+        machines, first_here = gather_machines(self.device)
         patience = config.run.storage_patience
-        if context.get_local_rank() == 0:
+        if first_here:
             notice.watch(listener.say)
         if self.rank == 0:
             self.log = RunLog(job.run, self.position.step, self.rescued, patience, listener.say)
