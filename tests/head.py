@@ -1,6 +1,7 @@
 """A Ray head as a user starts one, with token authentication; and jobs run against it."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -108,6 +109,7 @@ class Head:
         self.address = f"{self.host.address}:{self.host.port()}"
         self.dashboard = f"http://{self.host.address}:{self.host.port()}"
         self.nodes: list[Node] = []
+        self._numbers = itertools.count()
 
     def __enter__(self) -> "Head":
         try:
@@ -130,7 +132,7 @@ class Head:
         return self._add(host or self.host, *own, **environment)
 
     def _add(self, host: Host, *arguments: str, **environment: str) -> Node:
-        folder = self.folder / str(len(self.nodes))
+        folder = self.folder / str(next(self._numbers))
         folder.mkdir()
         environment = self._node_environment | environment
         node = Node(folder, host, *arguments, *self._options, environment=environment)

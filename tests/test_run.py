@@ -187,7 +187,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(place: Place, quiet: str) -> N
     *unfinished, damage = (line for line in output.splitlines() if line.startswith("warning: "))
     assert str(newest / WEIGHTS_FILE) in damage and "sha256" in damage
     # Where it was killed in the middle of a checkpoint, that is said, too; nothing is said twice.
-    assert len(unfinished) == len(begun)
+    assert len(unfinished) == len(begun), output
     assert all(f"{path} was never finished" in "".join(unfinished) for path in begun)
     assert place.trained("killed") == place.trained("quiet")
     assert place.sha256("killed") == place.sha256("quiet")

@@ -129,7 +129,7 @@ class Timekeeper(ControllerCallback, WorkerGroupCallback):
 
 def _is_planned(errors: dict[int, Exception]) -> bool:
     """Whether the workers end as asked, or because of a mistake that ends the run."""
-    causes = [getattr(error, "_base_exc", None) for error in errors.values()]
+    causes = [getattr(error, "_base_exc", error) for error in errors.values()]
     return any(isinstance(cause, UserError | MakeWay) for cause in causes)
 
 

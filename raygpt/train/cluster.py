@@ -32,16 +32,19 @@ def connect() -> None:
     """
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS", "")
+    address, listens = os.environ.get("RAY_ADDRESS", ""), False
     try:
         host, _, port = address.rpartition("://")[2].rpartition(":")
         if host and port.isdigit():  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+            listens = True
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         if not address:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
+        if listens and isinstance(error, OSError):  # so it answers, but not to this driver
+            reason += "; has it another token, or another RAY_AUTH_MODE?"
         raise UserError(
             f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}); start it, correct "
             "RAY_ADDRESS, or unset it to train on this machine"
