@@ -82,24 +82,12 @@ def wait(condition: Callable[[], bool], what: str) -> None:
 
 
 @pytest.mark.xdist_group("ray")
-def test_it_grows_for_a_run_and_shrinks_after_it(
-    growing: AutoscalingHead, reference: Reference
-) -> None:
-    wait(lambda: growing.machines() == 0, "the cluster is not empty")
-    run = Run(growing, reference.settings, reference.storage, "grown")
-    process = run.start("--scale.workers", "2")
-    wait_for(process, lambda: bool(run.rows()))
-    assert growing.machines() == 2
-    finish(process)
-    assert run.result() == reference.result
-    wait(lambda: growing.machines() == 0, "the cluster does not shrink")
-
-
-@pytest.mark.xdist_group("ray")
 def test_an_elastic_run_starts_with_what_is_there_and_grows(
     growing: AutoscalingHead, reference: Reference
 ) -> None:
+    """From an empty cluster, which is empty again after it."""
     run = Run(growing, reference.settings, reference.storage, "elastic")
+    assert growing.machines() == 0
     process = run.start("--scale.workers", f"1:{MOST}", "--train.steps", "1000000")
     wait_for(process, lambda: bool(run.rows()))
     assert run.rows()[0]["world_size"] < MOST

@@ -173,10 +173,9 @@ _OTHER_RAY = "import ray; ray.__version__ = '2.1.0'; import runpy, sys;"
     [
         ("", {"RAY_AUTH_TOKEN": "0" * 32}, ["oken"]),
         ("", {"RAY_AUTH_TOKEN": None, "RAY_AUTH_TOKEN_PATH": None}, ["oken"]),
-        ("", {"RAY_AUTH_MODE": "disabled"}, ["oken"]),
         (_OTHER_RAY, {}, ["Version mismatch", "Ray: 2.1.0", f"Ray: {ray.__version__}"]),
     ],
-    ids=["wrong token", "no token", "no authentication", "other version"],
+    ids=["wrong token", "no token", "other version"],
 )
 def test_a_cluster_that_does_not_let_in(
     head: Head,

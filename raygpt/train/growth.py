@@ -41,8 +41,12 @@ def largest_cluster() -> list[Shape] | None:
     config: dict[str, Any] = yaml.safe_load(file.read_text())
     most, shapes = int(config.get("max_workers", 0)), list[Shape]()
     for name, kind in config.get("available_node_types", {}).items():
-        count = 1 if name == config.get("head_node_type") else min(kind.get("max_workers", 0), most)
-        shapes += [kind.get("resources", {})] * int(count)
+        resources = kind.get("resources", {})
+        is_head = name == config.get("head_node_type")
+        count = 1 if is_head else min(int(kind.get("max_workers", 0)), most)
+        if count and not resources:
+            return None  # machines that are there already: Ray sees what they have when they come
+        shapes += [resources] * count
     return shapes
 
 
