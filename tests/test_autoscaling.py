@@ -87,7 +87,7 @@ def test_an_elastic_run_starts_with_what_is_there_and_grows(
 ) -> None:
     """From an empty cluster, which is empty again after it."""
     run = Run(growing, reference.settings, reference.storage, "elastic")
-    assert growing.machines() == 0
+    wait(lambda: growing.machines() == 0, "the cluster is not empty")
     process = run.start("--scale.workers", f"1:{MOST}", "--train.steps", "1000000")
     wait_for(process, lambda: bool(run.rows()))
     assert run.rows()[0]["world_size"] < MOST

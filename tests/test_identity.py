@@ -52,6 +52,8 @@ MAY_CHANGE: dict[str, Any] = {
     "data.corpus": "{copy}",
     "run.storage": "{copy}/../elsewhere",
     "run.storage_patience": 7.0,
+    "run.mlflow": "http://127.0.0.1:5000",
+    "run.wandb": "project",
     "train.steps": 200,
     "train.log_every": 7,
     "train.eval_every": 7,
