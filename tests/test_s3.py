@@ -99,12 +99,22 @@ def test_an_upload_that_breaks_off_is_tried_again(way: s3.Way) -> None:
 def test_a_run_on_a_store_that_goes_away_and_falls_silent(
     head: Head, server: s3.Server, way: s3.Way, reference: Reference
 ) -> None:
-    """A story in two jobs: the same model as on a disk, and each step once."""
+    """A story in two jobs: the same model as on a disk, and each step once.
+
+    The store is away while a checkpoint is uploaded, away again when workers that replace others
+    start, and silent once.
+    """
     run = reference.run(s3.uri(server.port, "runs"), "troubled")
     storage = s3.uri(way.port, "runs")
 
     way.break_at(f"checkpoint_{EVERY:08d}/model.safetensors?partNumber")
     first = run.start(storage=storage)
+    wait_for(first, way.broken.is_set)
+    time.sleep(AWAY_SECONDS)
+    way.mend()
+    wait_for(first, lambda: run.has_checkpoint(EVERY))
+    way.break_at("troubled/config.json")  # what a worker looks for when it starts
+    head.nodes[0].workers()[0].kill()
     wait_for(first, way.broken.is_set)
     time.sleep(AWAY_SECONDS)
     way.mend()

@@ -28,7 +28,7 @@ from ray.train.v2._internal.execution.worker_group import (
 
 from raygpt.errors import UserError
 from raygpt.runs.accounts import SCHEDULE, START
-from raygpt.storage import Folder, reason_of
+from raygpt.storage import Folder, StorageError, patiently, reason_of
 from raygpt.train import state
 from raygpt.train.control import MakeWay
 
@@ -54,16 +54,19 @@ class Judge(WorkerGroupCallback):
     """Ends a run that restarts cannot help: a user's mistake, or failures without any progress.
 
     Everything else is restarted from the latest checkpoint, as often as it takes.
+
+    Args:
+        patience: seconds for which a storage that refuses is tried again.
     """
 
-    def __init__(self, run: Folder) -> None:
-        self._run = run
+    def __init__(self, run: Folder, patience: float) -> None:
+        self._run, self._patience = run, patience
         self._error: Exception | None = None
         self._starts = 0
         self._steps: list[int] = []
 
     def before_worker_group_start(self, worker_group_context: WorkerGroupContext) -> None:
-        steps = state.steps_of(self._run)
+        steps = patiently(lambda: state.steps_of(self._run), self._patience)
         self._starts = self._starts + 1 if steps == self._steps else 1
         self._steps = steps
         if self._starts > MAX_STARTS_WITHOUT_A_CHECKPOINT and self._error is not None:
@@ -149,10 +152,13 @@ class Farewell(ControllerCallback, WorkerGroupCallback):
 
     Before a resize they are asked for a checkpoint.  After a failure the survivors save what they
     have, and are waited for.
+
+    Args:
+        patience: seconds for which a storage that refuses is tried again; the workers train on.
     """
 
-    def __init__(self, control: ActorHandle, run: Folder) -> None:
-        self._control, self._run = control, run
+    def __init__(self, control: ActorHandle, run: Folder, patience: float) -> None:
+        self._control, self._run, self._patience = control, run, patience
         self._resizing = False
         self._group: WorkerGroup | None = None
 
@@ -162,10 +168,13 @@ class Farewell(ControllerCallback, WorkerGroupCallback):
     def before_controller_execute_resize_decision(self, resize_decision: ResizeDecision) -> None:
         if not self._resizing or self._group is None:
             return  # there is no group to ask
-        newest = max(state.steps_of(self._run), default=0)
+        newest = max(patiently(lambda: state.steps_of(self._run), self._patience), default=0)
         ray.get(self._control.request.remote("make_way"), timeout=CHECKPOINT_SECONDS)
         deadline = time.monotonic() + CHECKPOINT_SECONDS
-        while time.monotonic() < deadline and not state.is_newer(self._run, newest):
+        while time.monotonic() < deadline:
+            with contextlib.suppress(StorageError):  # the workers, too, try it again
+                if state.is_newer(self._run, newest):
+                    return
             if self._group.poll_status(timeout=1.0).errors:
                 return  # it has left, or broke meanwhile: what is left of it saves its state
             time.sleep(0.05)

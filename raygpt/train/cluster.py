@@ -16,8 +16,6 @@ import ray
 from raygpt.config import ScaleConfig
 from raygpt.data.stream import READER_CPUS
 from raygpt.errors import UserError
-from raygpt.runs.files import CONFIG
-from raygpt.storage import Folder, patiently
 from raygpt.train import growth
 from raygpt.train.growth import Shape
 
@@ -49,28 +47,6 @@ def connect() -> None:
             f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}); start it, correct "
             "RAY_ADDRESS, or unset it to train on this machine"
         ) from error
-
-
-def check_reachable(run: Folder, patience: float) -> None:
-    """See that this worker's machine reaches a run's folder; every worker does, before it trains.
-
-    Args:
-        patience: seconds for which a storage that refuses is tried again.
-
-    Raises:
-        UserError: what the driver wrote is not there, or nothing can be written.
-    """
-    here = ray.util.get_node_ip_address()
-    if not patiently(lambda: run.exists(CONFIG), patience):
-        raise UserError(
-            f"the machine {here} does not see {run.child(CONFIG)}, which the driver wrote: "
-            "run.storage must be the same place for every machine; give an object store such as "
-            "s3://bucket/runs or a folder that all share"
-        )
-    try:
-        patiently(run.check_writable, patience)
-    except UserError as error:
-        raise UserError(f"on the machine {here}: {error}") from error
 
 
 def fit_scale(scale: ScaleConfig) -> ScaleConfig:

@@ -97,7 +97,8 @@ def fit(job: Job, control: Any, tell: Callable[[str], None]) -> int | None:
         raise find_user_error(error) or error from None
     if error is not None:
         raise error
-    finished = max(state.steps_of(job.run), default=0) >= job.config.train.steps
+    steps = patiently(lambda: state.steps_of(job.run), job.config.run.storage_patience)
+    finished = max(steps, default=0) >= job.config.train.steps
     return None if finished else stopped_by
 
 
@@ -136,8 +137,8 @@ def _trainer(job: Job, control: Any) -> TorchTrainer:
             callbacks=[
                 NoSnapshots(),  # type: ignore[list-item]
                 Timekeeper(control),  # type: ignore[list-item]
-                Judge(job.run),  # type: ignore[list-item]
-                Farewell(control, job.run),  # type: ignore[list-item]
+                Judge(job.run, config.run.storage_patience),  # type: ignore[list-item]
+                Farewell(control, job.run, config.run.storage_patience),  # type: ignore[list-item]
             ],
         ),
     )

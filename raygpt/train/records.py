@@ -1,15 +1,9 @@
-"""What the run's files say of a finished step: measured, counted, and what it was trained on;
-and of the machines that train.
-"""
+"""What the run's files say of a finished step: measured, counted, and what it was trained on."""
 
-import os
 import time
 from dataclasses import dataclass
-from typing import Any
 
-import ray.util
 import torch
-import torch.distributed as dist
 
 from raygpt import device as devices
 from raygpt.config import ModelConfig
@@ -77,27 +71,3 @@ class Recorder:
             "lanes": list(result.lane_hashes),
         }
         return StepRecord(row, ledger)
-
-
-def gather_machines(device: torch.device) -> tuple[list[dict[str, Any]], bool]:
-    """The machines of this group of workers; every worker calls it.
-
-    Returns:
-        Of each machine its ``address``, ``device`` (of the first worker there), ``cpus``,
-        ``memory`` in bytes and number of ``workers``, in the order of their first ranks; and
-        whether this worker is the first one of its machine.
-    """
-    mine = {
-        "address": ray.util.get_node_ip_address(),
-        "device": devices.describe(device),
-        "cpus": os.cpu_count(),
-        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    }
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (ray.get_runtime_context().get_node_id(), mine))
-    machines: dict[str, dict[str, Any]] = {}
-    nodes = [node for node, _ in everyone]
-    for node, found in everyone:
-        machines.setdefault(node, {**found, "workers": 0})["workers"] += 1
-    rank = dist.get_rank()
-    return list(machines.values()), nodes.index(nodes[rank]) == rank

@@ -27,12 +27,12 @@ from raygpt.optim import build_optimizer, lr_at
 from raygpt.runs.accounts import FIRST_STEP, RESTORE, TRAIN, Stopwatch, restart_ms
 from raygpt.storage import patiently
 from raygpt.train import notice, state
-from raygpt.train.cluster import check_reachable
 from raygpt.train.control import STOP, Listener, MakeWay
 from raygpt.train.gauges import Gauges
+from raygpt.train.host import check_reachable, gather_machines
 from raygpt.train.job import Job
 from raygpt.train.progress import RunLog, StepRecord
-from raygpt.train.records import Recorder, gather_machines
+from raygpt.train.records import Recorder
 from raygpt.train.reduce import data_parallel
 from raygpt.train.saver import Saver
 from raygpt.train.state import Position
@@ -73,9 +73,7 @@ class Worker:
         self.job, self.config, self.listener = job, job.config, listener
         config, context = job.config, ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        # Nothing is trained yet: a storage that refuses at once was never right.
-        started = bool(state.steps_of(job.run))
-        check_reachable(job.run, config.run.storage_patience if started else 0.0)
+        check_reachable(job.run, config.run.storage_patience, listener.say)
 
         self.device = devices.worker_device(config.scale.gpus_per_worker or 0)
         devices.set_up(self.device, config.scale.threads, bool(config.train.exact))
@@ -220,15 +218,16 @@ class Worker:
         """
         run = self.job.run
         with self.state_lock:
-            step = self.position.step
-            if not (self.whole and self.unsaved) or state.is_finished(run, step):
+            if not (self.whole and self.unsaved):
                 return
             metadata = {**self.job.metadata(), "steps": [asdict(s) for s in self.unsaved]}
+
+            def save() -> None:
+                if not state.is_finished(run, self.position.step):
+                    state.save(run, self.position, self.model, self.optimizer, metadata)
+
             with self.copier:
-                patiently(
-                    lambda: state.save(run, self.position, self.model, self.optimizer, metadata),
-                    self.config.run.storage_patience,
-                )
+                patiently(save, self.config.run.storage_patience)
 
     def _leave(self, stop: bool) -> None:
         """End this group after a checkpoint.
