@@ -3,13 +3,16 @@
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import WEIGHTS_FILE
 from logged import record
 from resolved import change
 from resolved import config as config
 from resolved import made as made
+from saved import flip_a_bit
 
 from raygpt.config import Config
 from raygpt.model import GPT
@@ -78,6 +81,22 @@ def test_a_checkpoint_that_is_gone_is_not_sampled(job: Job) -> None:
     assert sampler.add(5) != ""  # known from before
 
 
+def test_a_damaged_checkpoint_is_said_instead_of_sampled(job: Job) -> None:
+    save(job, 5)
+    flip_a_bit(Path(job.run.path) / state.checkpoint_name(5) / WEIGHTS_FILE)
+    said: list[str] = []
+    log = RunLog(job.run, 0)
+    log.event("checkpoint", 5, "checkpoint_00000005")
+    with Chronicler(job, {}, said.append):
+        for step in range(3):
+            log.step(record(step, time=time.time()), board=False)
+            wait(lambda step=step: f"step {step + 1} of 124" in page(job))  # type: ignore[misc]
+        wait(lambda: bool(said))
+    log.close()
+    (text,) = said
+    assert text.startswith("cannot sample text: ") and "sha256 does not match" in text
+
+
 def test_large_models_are_sampled_at_the_end_only(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +130,4 @@ def test_a_report_that_cannot_be_written_is_said_once(
             wait(lambda step=step: len(tried) > step)  # type: ignore[misc]
     log.close()
     chronicler.close("finished")
-    assert said == [
-        "cannot follow the run in its report: no paper", "cannot finish the report: no paper"
-    ]  # fmt: skip
+    assert said == ["cannot write the report: no paper"]

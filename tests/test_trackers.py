@@ -13,8 +13,9 @@ from resolved import made as made
 
 from raygpt.config import Config
 from raygpt.runs.files import METRICS
+from raygpt.train import trackers as trackers_module
 from raygpt.train.job import Job, resolve
-from raygpt.train.trackers import IDS, Trackers
+from raygpt.train.trackers import IDS, start_trackers
 
 STEPS = [*range(30)]
 
@@ -41,11 +42,11 @@ def test_mlflow_has_each_step_once(config: Config, database: str) -> None:
     from mlflow import MlflowClient
 
     job = resolve(change(config, run__mlflow=database))
-    trackers = Trackers(job)
+    (tracker,) = start_trackers(job)
     log_steps(job.run, 0, 20, time=1.7e9)
-    trackers.update()
-    trackers.update()
-    trackers.end("stopped")
+    tracker.update()
+    tracker.update()
+    tracker.end("stopped")
     run_id = id_of(job, "mlflow")
     client = MlflowClient(database)
     run: Any = client.get_run(run_id)
@@ -53,10 +54,10 @@ def test_mlflow_has_each_step_once(config: Config, database: str) -> None:
     assert run.data.params["optim.max_lr"] == "0.0006" and run.data.params["train.steps"] == "124"
     assert run.data.tags["raygpt.run"] == job.run.uri
 
-    trackers = Trackers(resolve(change(config, run__mlflow=database)))
+    (tracker,) = start_trackers(resolve(change(config, run__mlflow=database)))
     assert client.get_run(run_id).info.status == "RUNNING"
     log_steps(job.run, 15, 30, time=1.7e9)
-    trackers.end("finished")
+    tracker.end("finished")
     assert id_of(job, "mlflow") == run_id
     assert history(database, run_id, "loss") == [(step, 3.5 - step / 100) for step in STEPS]
     assert [step for step, _ in history(database, run_id, "world_size")] == STEPS
@@ -68,18 +69,54 @@ def test_mlflow_has_each_step_once(config: Config, database: str) -> None:
 
 def test_another_address_is_another_run(config: Config, database: str, tmp_path: Path) -> None:
     job = resolve(change(config, run__mlflow=database))
-    Trackers(job).end("stopped")
+    for tracker in start_trackers(job):
+        tracker.end("stopped")
     first = id_of(job, "mlflow")
-    Trackers(resolve(change(config, run__mlflow=f"sqlite:///{tmp_path}/other.db"))).end("stopped")
+    for tracker in start_trackers(
+        resolve(change(config, run__mlflow=f"sqlite:///{tmp_path}/other.db"))
+    ):
+        tracker.end("stopped")
     assert id_of(job, "mlflow") != first
 
 
 def test_only_logged_steps_are_tracked(config: Config, database: str) -> None:
     job = resolve(change(config, run__mlflow=database, train__log_every=10))
-    trackers = Trackers(job)
+    (tracker,) = start_trackers(job)
     log_steps(job.run, 0, 25, time=1.7e9)
-    trackers.end("stopped")
+    tracker.end("stopped")
     assert [s for s, _ in history(database, id_of(job, "mlflow"), "loss")] == [0, 10, 20]
+
+
+def test_what_a_tracker_does_not_take_is_told_again(
+    config: Config, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails between two batches, so that some of them are told twice; and still at the end."""
+    monkeypatch.setattr(trackers_module, "_MLFLOW_BATCH", 30)
+    job = resolve(change(config, run__mlflow=database))
+    (tracker,) = start_trackers(job)
+    client: Any = tracker._tracker
+    real, calls = client._client.log_batch, [0]
+
+    def failing(*arguments: Any, **more: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2 or calls[0] == 9:
+            raise ConnectionError("away")
+        real(*arguments, **more)
+
+    monkeypatch.setattr(client._client, "log_batch", failing)
+    log_steps(job.run, 0, 10, time=1.7e9)
+    with pytest.raises(ConnectionError):
+        tracker.update()
+    tracker.update()
+    run_id = id_of(job, "mlflow")
+    assert [step for step, _ in history(database, run_id, "loss")] == STEPS[:10]
+    calls[0] = 8
+    log_steps(job.run, 10, 12, time=1.7e9)
+    with pytest.raises(ConnectionError):
+        tracker.end("finished")
+    from mlflow import MlflowClient
+
+    assert MlflowClient(database).get_run(run_id).info.status == "FINISHED"
 
 
 def test_wandb_goes_on_under_its_id(
@@ -91,9 +128,9 @@ def test_wandb_goes_on_under_its_id(
     monkeypatch.setenv("WANDB_SILENT", "true")
     for first, stop in ((0, 10), (10, 20)):
         job = resolve(change(config, run__wandb="tests"))
-        trackers = Trackers(job)
+        (tracker,) = start_trackers(job)
         log_steps(job.run, first, stop, time=1.7e9)
-        trackers.end("stopped")
+        tracker.end("stopped")
     kept = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(kept) == 2 and all(path.stat().st_size > 500 for path in kept)
     assert {path.name for path in kept} == {f"run-{id_of(job, 'wandb')}.wandb"}
@@ -101,9 +138,8 @@ def test_wandb_goes_on_under_its_id(
 
 def test_without_trackers_nothing_is_written(config: Config) -> None:
     job = resolve(config)
-    trackers = Trackers(job)
+    assert start_trackers(job) == []
     log_steps(job.run, 0, 2)
-    trackers.end("finished")
     assert not job.run.exists(IDS) and job.run.exists(METRICS)
 
 
@@ -113,13 +149,13 @@ def test_a_tracker_that_is_not_installed_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     job = resolve(change(config, **{f"run__{name}": "x"}))
-    message = refused(lambda: Trackers(job))
+    message = refused(lambda: start_trackers(job))
     assert f"run.{name} needs a package" in message and f"install raygpt[{name}]" in message
 
 
 def test_a_tracker_that_does_not_answer_is_named(config: Config) -> None:
     job = resolve(change(config, run__mlflow="http://127.0.0.1:1"))
-    message = refused(lambda: Trackers(job))
+    message = refused(lambda: start_trackers(job))
     assert message.startswith("cannot use run.mlflow http://127.0.0.1:1: ")
     assert message.endswith("correct it, or leave the setting out") and "\n" not in message
 

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from raygpt.data.tokenizer import load_tokenizer
 from raygpt.errors import UserError
@@ -19,7 +20,7 @@ from raygpt.runs.report import Facts, render_report
 from raygpt.storage import reason_of
 from raygpt.train import state
 from raygpt.train.job import Job
-from raygpt.train.trackers import Trackers
+from raygpt.train.trackers import start_trackers
 
 INTERVAL_SECONDS = 10.0
 INTERVAL_SECONDS_REMOTE = 60.0
@@ -41,7 +42,7 @@ class Chronicler:
 
     def __init__(self, job: Job, plan: dict[str, str], warn: Callable[[str], None]) -> None:
         self._job, self._plan, self._warn = job, plan, warn
-        self._trackers = Trackers(job)
+        self._trackers = start_trackers(job)
         self._history = History(job.run, job.settings())
         self.samples = Sampler(job)
         self._small = 4 * num_params(job.config.model) <= SAMPLED_BYTES
@@ -62,23 +63,25 @@ class Chronicler:
         if sys.platform == "linux":  # elsewhere threads have no priority of their own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         while not self._stop.wait(self._interval):
-            self._guard("follow the run in its report", self._look)
-            self._guard("tell the run's trackers", self._trackers.update)
+            self._guard("write the report", self._look)
+            self._guard("sample text", self._sample)
+            for tracker in self._trackers:
+                self._guard(f"tell {tracker.name} of the run", tracker.update)
 
     def _look(self) -> None:
-        if not self._history.update():
-            return
-        newest = max(
-            (e["step"] for e in self._history.events if e["kind"] == "checkpoint"), default=0
-        )
-        if newest and self._small:
-            self.samples.add(newest)
-        self._write(RUNNING)
+        if self._history.update():
+            self._write(RUNNING)
+
+    def _sample(self) -> None:
+        saved = [e["step"] for e in self._history.events if e["kind"] == "checkpoint"]
+        if saved and self._small:
+            self.samples.add(max(saved))
 
     def close(self, kind: str, text: str = "") -> None:
         """Write the report once more, with the state in which the driver leaves the run."""
-        self._guard("finish the report", lambda: self._finish(kind, text))
-        self._guard("tell the run's trackers", lambda: self._trackers.end(kind))
+        self._guard("write the report", lambda: self._finish(kind, text))
+        for tracker in self._trackers:
+            self._guard(f"tell {tracker.name} of the run", partial(tracker.end, kind))
 
     def _finish(self, kind: str, text: str) -> None:
         self._history.update()
@@ -109,8 +112,13 @@ class Sampler:
 
     def add(self, step: int) -> str:
         """The text of the checkpoint of a step, which is added to samples.txt; empty if there is
-        no prompt, or no such checkpoint any more."""
+        no prompt, or no such checkpoint any more.
+
+        Raises:
+            UserError: it cannot be read; it is not tried again.
+        """
         if self._job.config.train.sample_prompt and step not in self._texts:
+            self._texts[step] = ""
             self._texts[step] = self._sample(step)
         return self._texts.get(step, "")
 
@@ -119,6 +127,8 @@ class Sampler:
         try:
             loaded = state.load_model(self._job.run.child(state.checkpoint_name(step)).uri)
         except UserError:
+            if state.is_finished(self._job.run, step):
+                raise
             return ""  # a newer one has taken its place
         tokenizer = load_tokenizer(loaded.tokenizer_name)
         (text,) = sample_text(

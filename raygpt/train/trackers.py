@@ -149,46 +149,58 @@ def _metrics(row: dict[str, Any]) -> dict[str, Any]:
     return {n: v for n, v in row.items() if n not in _NOT_METRICS and isinstance(v, int | float)}
 
 
-class Trackers:
-    """All trackers of a run.
+class Tracked:
+    """What one tracker was told of a run, and what it is still to be told.
 
     Args:
-        job: its settings say which.
+        last: the last step that it knows.
+        every: of the steps that were not validated after, only each so-many-th is told.
+    """
+
+    def __init__(self, tracker: Tracker, run: Folder, last: int, every: int) -> None:
+        self.name = tracker.name
+        self._tracker, self._tail = tracker, Tail(run, METRICS)
+        self._last, self._every = last, every
+        self._rows: list[dict[str, Any]] = []
+
+    def update(self) -> None:
+        """Tell it of new steps, each once, even if it was computed twice.
+
+        What it does not take now is told again the next time.
+        """
+        for row in self._tail.new():
+            if row["step"] > self._last and (row["step"] % self._every == 0 or "val_loss" in row):
+                self._rows.append(row)
+                self._last = row["step"]
+        if self._rows:
+            self._tracker.log(self._rows)
+            self._rows.clear()
+
+    def end(self, state: str) -> None:
+        """Tell it the rest, and that the job ends."""
+        try:
+            self.update()
+        finally:
+            self._tracker.end(state)
+
+
+def start_trackers(job: Job) -> list[Tracked]:
+    """The trackers that the settings name, each ready for the run.
 
     Raises:
         UserError: a tracker is not installed, or does not answer.
     """
-
-    def __init__(self, job: Job) -> None:
-        run = job.config.run
-        self._every = job.config.train.log_every
-        wanted = [(kind, setting) for kind, setting in ((MLflow, run.mlflow), (Wandb, run.wandb))
-                  if setting]  # fmt: skip
-        ids = _read_ids(job.run) if wanted else {}
-        self._trackers: list[tuple[Tracker, Tail, int]] = []
-        for kind, setting in wanted:
-            tracker, last = _start(kind, setting, job, ids)
-            self._trackers.append((tracker, Tail(job.run, METRICS), last))
-        if wanted:
-            job.run.write_bytes(IDS, json.dumps(ids, indent=1).encode())
-
-    def update(self) -> None:
-        """Tell them of new steps, each once, even if it was computed twice."""
-        for index, (tracker, tail, last) in enumerate(self._trackers):
-            rows = [
-                row
-                for row in tail.new()
-                if row["step"] > last and (row["step"] % self._every == 0 or "val_loss" in row)
-            ]
-            if rows:
-                tracker.log(rows)
-                self._trackers[index] = tracker, tail, rows[-1]["step"]
-
-    def end(self, state: str) -> None:
-        """Tell them the rest, and that the job ends."""
-        self.update()
-        for tracker, _, _ in self._trackers:
-            tracker.end(state)
+    run = job.config.run
+    wanted = [(kind, setting) for kind, setting in ((MLflow, run.mlflow), (Wandb, run.wandb))
+              if setting]  # fmt: skip
+    if not wanted:
+        return []
+    ids, started = _read_ids(job.run), []
+    for kind, setting in wanted:
+        tracker, last = _start(kind, setting, job, ids)
+        started.append(Tracked(tracker, job.run, last, job.config.train.log_every))
+    job.run.write_bytes(IDS, json.dumps(ids, indent=1).encode())
+    return started
 
 
 def _start(
