@@ -22,7 +22,7 @@ from raygpt.storage import Folder
 
 @dataclass(frozen=True)
 class Arguments:
-    storage: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORAGE")] = "runs"
+    storage: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[STORAGE]")] = "runs"
     """The run.storage of training."""
     compare: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Names of runs to be drawn over each other."""

@@ -59,7 +59,15 @@ class AutoscalingHead(Head):
             config[f"{when}_commands"] = []
         for kind in ("head", "worker"):
             config[f"{kind}_start_ray_commands"] = []
-        self.file.write_text(json.dumps(config))
+        self._config = config
+        self.allow(MOST)
+
+    def allow(self, machines: int) -> None:
+        """How many machines there may be, as a quota would; the autoscaler reads it again."""
+        content = json.dumps(self._config | {"max_workers": machines})
+        whole = self.file.with_suffix(".new")
+        whole.write_text(content)
+        whole.replace(self.file)
 
     def machines(self) -> int:
         """Raylets beside the head's own."""
@@ -88,9 +96,11 @@ def test_an_elastic_run_starts_with_what_is_there_and_grows(
     """From an empty cluster, which is empty again after it."""
     run = Run(growing, reference.settings, reference.storage, "elastic")
     wait(lambda: growing.machines() == 0, "the cluster is not empty")
+    growing.allow(1)
     process = run.start("--scale.workers", f"1:{MOST}", "--train.steps", "1000000")
     wait_for(process, lambda: bool(run.rows()))
-    assert run.rows()[0]["world_size"] < MOST
+    assert run.rows()[0]["world_size"] == growing.machines() == 1
+    growing.allow(MOST)
     wait_for(process, lambda: run.rows()[-1]["world_size"] == MOST)
     assert growing.machines() == MOST
     process.terminate()

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from metadata import Metadata
 
 from raygpt.train import notice
@@ -58,16 +59,23 @@ def test_a_machine_of_no_cloud_is_not_watched() -> None:
 def test_ray_is_told_when_the_machine_ends(
     service: Metadata, variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if the service does not answer at first."""
+    """Also if neither the service nor Ray answers at first."""
     drained: list[float] = []
     said: list[str] = []
+    deaf = iter([ray.exceptions.RaySystemError("away")])
+
+    def drain(end: float) -> None:
+        for error in deaf:
+            raise error
+        drained.append(end)
+
     monkeypatch.setattr(notice, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(notice, "drain", drained.append)
+    monkeypatch.setattr(notice, "drain", drain)
     address = f"http://{service.host}" if variable.startswith("AWS") else service.host
     monkeypatch.setenv(variable, address)
     look = notice.this_cloud()
     assert look is not None
-    silent = iter([OSError("no answer"), ValueError("nonsense")])
+    silent = iter([OSError("no answer"), ValueError("nonsense"), TypeError("no object")])
 
     def at_first_silent() -> float | None:
         for error in silent:

@@ -38,7 +38,7 @@ def test_a_spot_notice_costs_no_step(head: Head, reference: Reference) -> None:
             assert service.asked.wait(30)
             service.end = time.time() + 60
             wait_for(process, lambda: run.rows()[-1]["world_size"] == 2)
-            assert service.end - time.time() > 15, "it took as long as the notice lasts"
+            assert time.time() < service.end, "it was left when it was gone"
             assert not node.workers()
             process.send_signal(signal.SIGTERM)
             output = finish(process, status=128 + signal.SIGTERM)

@@ -148,7 +148,7 @@ def _figures(history: History, last: dict[str, Any]) -> list[dict[str, str]]:
     curves, best = history.curves, history.curves.best
     speed = curves.speed()
     seconds = curves.points[-1].seconds if curves.points else 0.0
-    planned = "" if last.get("tokens") is None else f"epoch {last['epoch']}"
+    epoch = f"epoch {last['epoch']}" if last else ""
     found = [
         figure("training loss", _number(last.get("loss")), "nats a token"),
         figure(
@@ -156,7 +156,7 @@ def _figures(history: History, last: dict[str, Any]) -> list[dict[str, str]]:
             _number(curves.validations[-1][3] if curves.validations else None),
             f"best {best[1]:.4f} at step {best[0]:,}" if best else "",
         ),
-        figure("tokens", count(last.get("tokens", 0)), planned),
+        figure("tokens", count(last.get("tokens", 0)), epoch),
         figure("tokens a second", "-" if speed is None else count(speed), "in steps"),
         figure("workers", str(last.get("world_size", "-")), _times(history.restarts, "restart")),
         figure("time", duration(seconds), f"{history.accounts.goodput:.0%} in steps that count"),

@@ -7,6 +7,7 @@ Kubernetes, whose own tools drain nodes.
 """
 
 import contextlib
+import http.client
 import json
 import logging
 import os
@@ -31,6 +32,11 @@ GOOGLE_SECONDS = 30.0
 _LINK_LOCAL = "http://169.254.169.254"
 _TOKEN_SECONDS = 21600
 _VENDOR = Path("/sys/class/dmi/id/sys_vendor")
+
+_NO_ANSWER = (
+    *(OSError, http.client.HTTPException, ValueError, KeyError, TypeError),
+    ray.exceptions.RayError,
+)
 
 Look = Callable[[], float | None]
 """The unix time at which this machine ends; None as long as there is no notice."""
@@ -94,17 +100,20 @@ def _fetch(url: str, headers: dict[str, str], method: str = "GET") -> str:
 
 
 def _wait(look: Look, say: Callable[[str], None]) -> None:
+    said = False
     while True:
         try:
             end = look()
-        except (OSError, ValueError, KeyError):  # it may answer the next time
+            if end is not None:
+                if not said:
+                    left = end - time.time()
+                    address = ray.util.get_node_ip_address()
+                    say(f"the cloud takes {address} back in {left:.0f} s; making way")
+                    said = True
+                drain(end)
+                return
+        except _NO_ANSWER:  # neither of the cloud nor of Ray; the next time there may be one
             logger.debug("no answer about notices", exc_info=True)
-            end = None
-        if end is not None:
-            address = ray.util.get_node_ip_address()
-            say(f"the cloud takes {address} back in {end - time.time():.0f} s; making way")
-            drain(end)
-            return
         time.sleep(POLL_SECONDS)
 
 
@@ -113,6 +122,9 @@ def drain(end: float) -> None:
 
     Args:
         end: when, in unix seconds.
+
+    Raises:
+        RayError: Ray does not answer.
     """
     context = ray.get_runtime_context()
     client = GcsClient(address=context.gcs_address)

@@ -9,6 +9,7 @@ Sizes are compared when a checkpoint is opened, hashes when its tensors are read
 one is read once.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Container, Iterator
@@ -253,12 +254,12 @@ def _check_size(folder: Folder, name: str, entry: FileEntry, size: int | None) -
 
 
 def _read_file(folder: Folder, name: str, entry: FileEntry) -> bytes:
-    try:
+    size: int | None = None
+    data = b""
+    with contextlib.suppress(FileNotFoundError):
         data = folder.read_bytes(name)
-    except FileNotFoundError:
-        data = None
-    _check_size(folder, name, entry, None if data is None else len(data))
-    assert data is not None
+        size = len(data)
+    _check_size(folder, name, entry, size)
     if _sha256(data) != entry["sha256"]:
         raise DamagedCheckpoint(f"{folder.child(name)} is damaged: its sha256 does not match")
     return data
