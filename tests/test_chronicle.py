@@ -86,8 +86,8 @@ def test_a_damaged_checkpoint_is_said_instead_of_sampled(job: Job) -> None:
     flip_a_bit(Path(job.run.path) / state.checkpoint_name(5) / WEIGHTS_FILE)
     said: list[str] = []
     log = RunLog(job.run, 0)
-    log.event("checkpoint", 5, "checkpoint_00000005")
     with Chronicler(job, {}, said.append):
+        log.event("checkpoint", 5, "checkpoint_00000005")
         for step in range(3):
             log.step(record(step, time=time.time()), board=False)
             wait(lambda step=step: f"step {step + 1} of 124" in page(job))  # type: ignore[misc]
@@ -97,17 +97,34 @@ def test_a_damaged_checkpoint_is_said_instead_of_sampled(job: Job) -> None:
     assert text.startswith("cannot sample text: ") and "sha256 does not match" in text
 
 
+def test_an_earlier_checkpoint_is_left_to_the_workers(job: Job) -> None:
+    """They check it before they train on, and say what is wrong; a sample of it would say it
+    twice."""
+    save(job, 5)
+    flip_a_bit(Path(job.run.path) / state.checkpoint_name(5) / WEIGHTS_FILE)
+    save(job, 4)
+    said: list[str] = []
+    log = RunLog(job.run, 0)
+    log.event("checkpoint", 5, "checkpoint_00000005")
+    with Chronicler(job, {}, said.append):
+        log.event("checkpoint", 4, "checkpoint_00000004")
+        wait(lambda: job.run.exists(SAMPLES))
+    log.close()
+    ((step, _),) = parse_samples(job.run.read_bytes(SAMPLES).decode())
+    assert step == 4 and not said
+
+
 def test_large_models_are_sampled_at_the_end_only(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chronicle_module, "SAMPLED_BYTES", 1000)
     save(job, 3)
     log = RunLog(job.run, 0)
-    log.step(record(0, time=time.time()), board=False)
-    log.event("checkpoint", 3, "checkpoint_00000003")
-    log.close()
     with Chronicler(job, {}, lambda _: None) as chronicler:
-        wait(lambda: bool(page(job)))
+        log.step(record(0, time=time.time()), board=False)
+        log.event("checkpoint", 3, "checkpoint_00000003")
+        log.close()
+        wait(lambda: "checkpoint_00000003" in page(job))
     assert not job.run.exists(SAMPLES)
     assert chronicler.samples.add(3) != ""
 

@@ -48,10 +48,15 @@ class Chronicler:
         self._small = 4 * num_params(job.config.model) <= SAMPLED_BYTES
         self._interval = INTERVAL_SECONDS_REMOTE if job.run.root else INTERVAL_SECONDS
         self._troubles: set[str] = set()
+        self._earlier = 0
+        """Events that this driver found: their checkpoints are the workers' to check, and to
+        speak of."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="chronicle", daemon=True)
 
     def __enter__(self) -> "Chronicler":
+        self._guard("write the report", self._history.update)
+        self._earlier = len(self._history.events)
         self._thread.start()
         return self
 
@@ -73,7 +78,8 @@ class Chronicler:
             self._write(RUNNING)
 
     def _sample(self) -> None:
-        saved = [e["step"] for e in self._history.events if e["kind"] == "checkpoint"]
+        events = self._history.events[self._earlier :]
+        saved = [e["step"] for e in events if e["kind"] == "checkpoint"]
         if saved and self._small:
             self.samples.add(max(saved))
 
@@ -92,7 +98,7 @@ class Chronicler:
         page = render_report(self._history, Facts(self._plan, kind, text))
         self._job.run.write_bytes(REPORT, page.encode())
 
-    def _guard(self, what: str, action: Callable[[], None]) -> None:
+    def _guard(self, what: str, action: Callable[[], object]) -> None:
         """Neither a report nor a tracker that fails stops a run."""
         try:
             action()
