@@ -17,7 +17,7 @@ from raygpt.cli import parse, run_job
 from raygpt.errors import UserError
 from raygpt.runs.listing import HEADS, find_runs, pick, row
 from raygpt.runs.report import render_comparison
-from raygpt.storage import Folder
+from raygpt.storage import Folder, write_output
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,7 @@ def main() -> None:
     console.print(table if rows else f"no runs in {storage}")
     if arguments.compare:
         page = render_comparison(runs, HEADS, rows, storage.uri)
-        folder, name = Folder.from_path(arguments.output).split()
-        action = "replaced" if folder.exists(name) else "wrote"
-        folder.write_bytes(name, page.encode())
-        print(f"{action} {folder.child(name)}")
+        print(write_output(arguments.output, page.encode()))
 
 
 if __name__ == "__main__":

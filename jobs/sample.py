@@ -14,7 +14,7 @@ from raygpt.cli import parse, run_job
 from raygpt.data.tokenizer import load_tokenizer
 from raygpt.device import local_device
 from raygpt.generate import sample_text
-from raygpt.storage import Folder
+from raygpt.storage import write_output
 from raygpt.train.state import load_model
 
 
@@ -54,10 +54,7 @@ def main() -> None:
     )
     shown = "".join(f"> {text}\n" for text in texts)
     print(shown, end="", flush=True)
-    folder, name = Folder.from_path(arguments.output).split()
-    action = "replaced" if folder.exists(name) else "wrote"
-    folder.write_bytes(name, shown.encode())
-    print(f"{action} {folder.child(name)}")
+    print(write_output(arguments.output, shown.encode()))
 
 
 if __name__ == "__main__":

@@ -234,6 +234,18 @@ class Folder:
             return self._filesystem().get_file_info(selector)
 
 
+def write_output(path: str, data: bytes) -> str:
+    """Write the file that somebody asked for; what was done, in words: it may replace another.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder, name = Folder.from_path(path).split()
+    action = "replaced" if folder.exists(name) else "wrote"
+    folder.write_bytes(name, data)
+    return f"{action} {folder.child(name)}"
+
+
 def check_name(name: str) -> str:
     """``name`` itself, if it is a relative name that stays inside its folder.
 

@@ -20,10 +20,11 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from clusters import check_accepted
 from ray.autoscaler._private.kuberay.autoscaling_config import (
     _derive_autoscaling_config_from_ray_cr,
 )
-from ray.autoscaler._private.util import check_legacy_fields, prepare_config, validate_config
+from ray.autoscaler._private.util import prepare_config, validate_config
 
 from raygpt.settings import load_settings
 
@@ -94,17 +95,7 @@ def pods(rayjob: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_ray_accepts_the_cluster(gcp: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    prepared = prepare_config(gcp)
-    validate_config(prepared)
-    check_legacy_fields(prepared)
-    head, workers = (prepared["available_node_types"][name] for name in ("head", "gpu_spot"))
-    assert (head["min_workers"], head["max_workers"]) == (0, 0)
-    assert (workers["min_workers"], workers["max_workers"]) == (0, prepared["max_workers"])
-    # Ray's own setup commands fetch a nightly build: none of them may be left.
-    assert not [c for c in prepared["head_setup_commands"] if "wheel" in c or "stat " in c]
-    for mounted in gcp["file_mounts"].values():
-        assert mounted.startswith("~") or (ROOT / mounted).is_file()
+    check_accepted(gcp, monkeypatch)
 
 
 def test_ray_would_refuse_the_cluster(gcp: dict[str, Any]) -> None:
