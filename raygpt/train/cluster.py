@@ -11,7 +11,10 @@ import socket
 from dataclasses import replace
 from typing import Any
 
+import grpc
 import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from raygpt.config import ScaleConfig
 from raygpt.data.stream import READER_CPUS
@@ -30,23 +33,41 @@ def connect() -> None:
     """
     if ray.is_initialized():
         return
-    address, listens = os.environ.get("RAY_ADDRESS", ""), False
+    address = os.environ.get("RAY_ADDRESS", "")
     try:
         host, _, port = address.rpartition("://")[2].rpartition(":")
         if host and port.isdigit():  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-            listens = True
+            if "://" not in address:
+                _check_token(address)
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         if not address:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        if listens and isinstance(error, OSError):  # so it answers, but not to this driver
-            reason += "; has it another token, or another RAY_AUTH_MODE?"
         raise UserError(
             f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}); start it, correct "
             "RAY_ADDRESS, or unset it to train on this machine"
         ) from error
+
+
+def _check_token(address: str) -> None:
+    """Ask for what anybody may ask who has the token: Ray would try for 20 s, and log each time.
+
+    Raises:
+        PermissionError: the cluster refuses this driver's token.
+    """
+    request = gcs_service_pb2.GetClusterIdRequest()  # type: ignore[attr-defined]
+    with init_grpc_channel(address) as channel:
+        try:
+            gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetClusterId(
+                request, timeout=CONNECT_SECONDS
+            )
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise PermissionError(
+                    "it refuses this driver: has it another token, or another RAY_AUTH_MODE?"
+                ) from error
 
 
 def fit_scale(scale: ScaleConfig) -> ScaleConfig:
