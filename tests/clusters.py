@@ -20,5 +20,7 @@ def check_accepted(cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
     assert (workers["min_workers"], workers["max_workers"]) == (0, prepared["max_workers"])
     # Ray's own setup commands fetch a nightly build: none of them may be left.
     assert not [c for c in prepared["head_setup_commands"] if "wheel" in c or "stat " in c]
+    for start in ("head_start_ray_commands", "worker_start_ray_commands"):
+        assert "--object-store-memory=2000000000" in cluster[start][-1]
     for mounted in cluster["file_mounts"].values():
         assert mounted.startswith("~") or (ROOT / mounted).is_file()

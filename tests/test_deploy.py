@@ -13,7 +13,9 @@ import copy
 import json
 import re
 import shlex
+import shutil
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import jsonschema
 import pytest
 import yaml
 from clusters import check_accepted
+from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.kuberay.autoscaling_config import (
     _derive_autoscaling_config_from_ray_cr,
 )
@@ -323,3 +326,19 @@ def test_the_image_has_what_raygpt_needs() -> None:
     assert let_in[0] == "*"
     assert {line.removeprefix("!") for line in let_in if line.startswith("!")} == copied
     assert all((ROOT / name).exists() for name in copied)
+
+
+def test_what_a_job_is_sent(tmp_path: Path) -> None:
+    """Code and settings; not what lies beside them in a folder that was worked in."""
+    kept = ["jobs/train.py", "raygpt/assets/tinyshakespeare.txt", "mine.yaml"]
+    left = [".git/HEAD", ".venv/bin/python", "corpora/mine/manifest.json", "output.txt"]
+    left += ["runs/mine/config.json", "exported/mine/config.json", "raygpt/__pycache__/x.pyc"]
+    for name in (*kept, *left):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    package = tmp_path.parent / "sent.zip"
+    create_package(str(tmp_path), package, include_gitignore=True)
+    with zipfile.ZipFile(package) as sent:
+        assert sorted(sent.namelist()) == sorted([*kept, ".gitignore", ".rayignore"])

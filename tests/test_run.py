@@ -283,6 +283,10 @@ def test_a_submitted_job_trains_the_same_model(place: Place, quiet: str) -> None
     assert place.trained("submitted") == place.trained("quiet")
     assert place.sha256("submitted") == place.sha256("quiet")
 
+    (package,) = place.head.folder.rglob("working_dir_files/_ray_pkg_*/")
+    sent = {path.name for path in package.iterdir()}
+    assert {"raygpt", "jobs"} < sent and not sent & {".git", ".venv", ".hypothesis"}
+
     process = place.head.start(*submit, "--train.stepps", "3")
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
