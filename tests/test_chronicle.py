@@ -104,9 +104,11 @@ def test_an_earlier_checkpoint_is_left_to_the_workers(job: Job) -> None:
     flip_a_bit(Path(job.run.path) / state.checkpoint_name(5) / WEIGHTS_FILE)
     save(job, 4)
     said: list[str] = []
-    log = RunLog(job.run, 0)
-    log.event("checkpoint", 5, "checkpoint_00000005")
+    earlier = RunLog(job.run, 0)
+    earlier.event("checkpoint", 5, "checkpoint_00000005")
+    earlier.close()
     with Chronicler(job, {}, said.append):
+        log = RunLog(job.run, 0)
         log.event("checkpoint", 4, "checkpoint_00000004")
         wait(lambda: job.run.exists(SAMPLES))
     log.close()

@@ -16,6 +16,8 @@ from troubled import Reference, finish
 from raygpt.train.gauges import NAMES
 
 DEADLINE_SECONDS = 90.0
+KEPT_SECONDS = 2.0
+"""So long does Ray keep a value, at the interval of this head; a validation comes less often."""
 _SERIES = re.compile(r"^(ray_raygpt_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
 
@@ -50,10 +52,12 @@ def wait(head: Head, condition: Callable[[dict[str, dict[str, float]]], bool]) -
 
 def test_a_run_can_be_watched(head: Head, reference: Reference) -> None:
     run = reference.run(reference.storage, "watched")
-    process = run.start("--train.steps", "1000000", "--train.eval_every", "20")
+    process = run.start("--train.steps", "1000000", "--train.eval_every", "100")
     shown = {f"ray_{name}" for name in NAMES} - {"ray_raygpt_mfu"}  # no peak is known of a CPU
     try:
         found = wait(head, lambda series: set(series) >= shown)
+        time.sleep(2 * KEPT_SECONDS)
+        assert set(series(head)) >= shown, "also what changes less often than Ray forgets it"
         page = json.loads(fetch(f"{head.dashboard}/api/train/v2/runs/v1"))
         process.send_signal(signal.SIGINT)
         finish(process, status=130)

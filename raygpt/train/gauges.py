@@ -4,12 +4,15 @@ Ray puts ``ray_`` before the names; ``docs/grafana.json`` draws them.  What it g
 single step, since Prometheus looks every few seconds.
 """
 
+import threading
 import time
+from typing import Any
 
 from ray.util.metrics import Gauge
 
 from raygpt.train.progress import RunLog, StepRecord
 
+INTERVAL_SECONDS = 1.0
 _PREFIX = "raygpt_"
 _OF_A_STEP = {
     "loss": ("loss", "training loss of the last step, nats a token", 1.0),
@@ -39,7 +42,8 @@ NAMES = sorted(_PREFIX + name for name in (*_OF_A_STEP, *_OF_A_RUN, "checkpoint_
 
 
 class Gauges:
-    """The series of one worker.
+    """The series of one worker.  A thread tells Ray once a second, since Ray forgets a value that
+    is not told again, and steps may be short or take minutes.
 
     Args:
         log: rank 0's, which knows the run's history; None elsewhere.
@@ -58,11 +62,10 @@ class Gauges:
             (gauge(name, text), column, unit) for name, (column, text, unit) in _OF_A_STEP.items()
         ]
         self._age = gauge("checkpoint_age_seconds", "seconds since the last checkpoint counted")
-        self._goodput = gauge("goodput", _OF_A_RUN["goodput"]) if log else None
-        if log:
-            gauge("restarts", _OF_A_RUN["restarts"]).set(log.attempt)
-            gauge("redone_steps", _OF_A_RUN["redone_steps"]).set(log.redone)
+        self._of_a_run = {name: gauge(name, text) for name, text in _OF_A_RUN.items() if log}
         self._saved = time.time()
+        self._last: dict[str, Any] = {}
+        threading.Thread(target=self._report, name="gauges", daemon=True).start()
 
     def has_saved(self) -> None:
         """A checkpoint counts."""
@@ -70,10 +73,18 @@ class Gauges:
 
     def step(self, record: StepRecord) -> None:
         """A step is finished."""
-        for gauge, column, unit in self._of_a_step:
-            value = record.metrics.get(column)
-            if value is not None:
-                gauge.set(value * unit)
-        self._age.set(time.time() - self._saved)
-        if self._goodput is not None and self._log is not None:
-            self._goodput.set(self._log.goodput)
+        known = {name: value for name, value in record.metrics.items() if value is not None}
+        self._last = self._last | known  # anew, since another thread reads it
+
+    def _report(self) -> None:
+        while True:
+            if last := self._last:
+                for gauge, column, unit in self._of_a_step:
+                    if column in last:
+                        gauge.set(last[column] * unit)
+                self._age.set(time.time() - self._saved)
+                if self._log:
+                    self._of_a_run["goodput"].set(self._log.goodput)
+                    self._of_a_run["restarts"].set(self._log.attempt)
+                    self._of_a_run["redone_steps"].set(self._log.redone)
+            time.sleep(INTERVAL_SECONDS)
