@@ -175,7 +175,7 @@ class TrainConfig:
     precision: Precision = "auto"
     """auto: bf16 autocast where the hardware has it, else fp32."""
     compile: bool = False
-    """torch.compile the model."""
+    """torch.compile the layers of the model."""
     log_every: int = 1
     eval_every: int = 250
     """Steps between validations; 0 validates at the end only."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from raygpt.config import ModelConfig
 from raygpt.model import GPT, flops_per_token, num_params
@@ -121,11 +122,6 @@ def test_padding_changes_neither_loss_nor_gradient() -> None:
     assert logits[..., :27].isfinite().all()
 
 
-def test_the_mask_is_not_part_of_the_state() -> None:
-    assert set(_model(n_vocab=27).state_dict()) == set(_model().state_dict())
-    assert _model().pad_mask is None
-
-
 def test_bf16_autocast_computes_the_loss_in_fp32() -> None:
     model = _model(n_vocab=27)
     idx, targets = _batch(27)
@@ -144,10 +140,13 @@ def test_a_bf16_model_has_an_fp32_loss() -> None:
     assert loss.dtype == torch.float32
 
 
-def test_the_model_compiles_in_one_graph() -> None:
-    model = _model(n_vocab=27)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(*_batch(27)), model(*_batch(27)))
+def test_layers_compile_in_one_graph_and_share_it() -> None:
+    model, plain = _model(n_vocab=27), _model(n_vocab=27)
+    counter = CompileCounter()
+    model.compile_blocks(backend=counter, fullgraph=True)
+    assert torch.equal(model(*_batch(27)), plain(*_batch(27)))
+    assert counter.frame_count == 1 and len(model.transformer.h) == 2
+    assert model.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_dropout_acts_in_training_only_and_follows_the_seed() -> None:

@@ -84,11 +84,11 @@ class Worker:
         self.model = GPT(config.model, job.n_vocab).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.position = self._restore()
-        compiled = torch.compile(self.model) if config.train.compile else self.model
-        self.forward: torch.nn.Module = compiled  # type: ignore[assignment]
-        self.ddp = data_parallel(self.forward)
+        if config.train.compile:
+            self.model.compile_blocks()
+        self.ddp = data_parallel(self.model)
         self.stepper = Stepper(
-            self.forward,
+            self.model,
             self.ddp,
             self.optimizer,
             lanes=config.batch.lanes,
@@ -322,7 +322,7 @@ class Worker:
         due = step == self.config.train.steps or (every and step % every == 0)
         if self.validation is None or not due:
             return None
-        loss = self.validation.loss(self.forward, self.device, self.dtype)
+        loss = self.validation.loss(self.model, self.device, self.dtype)
         self.position = replace(self.position, val_loss=loss)
         return loss
 

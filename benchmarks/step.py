@@ -1,0 +1,151 @@
+"""Training speed of a whole raygpt job, against the least that one would write with torch alone.
+
+    python -m benchmarks.step [--short] [--rounds 5] [--case NAME ...]
+
+Both sides are commands as a user starts them, in turns: ``jobs/train.py`` and ``torchrun`` with
+plain_ddp.py, with the same model, batch, threads and number of workers.  A side's speed is that
+from one step to the other, with all that lies between (data, logging), once it is warm.  Printed
+are medians over rounds and the quartiles of the ratio within a round.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from raygpt.config import ModelConfig
+from raygpt.data.prepare import prepare
+from raygpt.data.tokenizer import load_tokenizer
+from raygpt.device import cpu_kind
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained: sizes, and windows of a step over all workers."""
+
+    tokenizer: str
+    model: ModelConfig
+    workers: int
+    threads: int
+    windows: int
+    micro: int
+    steps: int
+    warm_up: int
+
+
+CASES = {
+    "bytes, 6 x 384": Case("bytes", ModelConfig(6, 6, 384, 256, 320), 2, 1, 16, 8, 40, 10),
+    "50k words, 4 x 128": Case("gpt2", ModelConfig(4, 4, 128, 64, 50304), 2, 1, 32, 16, 60, 10),
+    "bytes, 6 x 384, one worker": Case(
+        "bytes", ModelConfig(6, 6, 384, 256, 320), 1, 2, 16, 16, 40, 10
+    ),
+}
+
+
+class Sides:
+    """Both commands for a case."""
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        self._case, self._folder, self._runs = case, folder, 0
+        text = resources.files("raygpt") / "assets" / "tinyshakespeare.txt"
+        with resources.as_file(text) as file:
+            self._corpus = str(folder / "corpus")
+            prepare([str(file)], self._corpus, case.tokenizer, val_fraction=0.01, on_ray=False)
+            tokens = load_tokenizer(case.tokenizer).encode(file.read_text())
+        np.array(tokens, np.uint16).tofile(folder / "tokens.bin")
+
+    def ours(self) -> float:
+        """Tokens a second."""
+        case, self._runs = self._case, self._runs + 1
+        model = [f"--model.{name}={value}" for name, value in asdict(case.model).items()]
+        tokens = case.windows * case.model.block_size
+        self._call(
+            *(sys.executable, "jobs/train.py", *model, f"--data.corpus={self._corpus}"),
+            *(f"--run.storage={self._folder}", f"--run.name={self._runs}"),
+            *(f"--batch.tokens={tokens}", f"--batch.lanes={case.workers}"),
+            *(f"--batch.micro={case.micro}", f"--train.steps={case.steps}"),
+            *(
+                "--train.eval_tokens=0",
+                "--train.sample_tokens=1",
+                "--train.checkpoint_every=100000",
+            ),
+            *("--train.checkpoint_every=100000", "--train.precision=fp32"),
+            "--scale.gpus_per_worker=0",
+            *(f"--scale.workers={case.workers}", f"--scale.threads={case.threads}"),
+        )
+        lines = (self._folder / str(self._runs) / "metrics.jsonl").read_text().splitlines()
+        return self._speed([json.loads(line)["time"] for line in lines])
+
+    def plain(self) -> float:
+        """Tokens a second."""
+        case = self._case
+        settings = {
+            "model": asdict(case.model),
+            "threads": case.threads,
+            "tokens": str(self._folder / "tokens.bin"),
+            "windows": case.windows,
+            "micro": case.micro,
+            "steps": case.steps,
+            "times": str(self._folder / "times.json"),
+        }
+        file = self._folder / "settings.json"
+        file.write_text(json.dumps(settings))
+        self._call(
+            *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={case.workers}"),
+            *("benchmarks/plain_ddp.py", str(file)),
+        )
+        return self._speed(json.loads((self._folder / "times.json").read_text()))
+
+    def _speed(self, times: list[float]) -> float:
+        warm = times[self._case.warm_up :]
+        tokens = self._case.windows * self._case.model.block_size
+        return tokens * (len(warm) - 1) / (warm[-1] - warm[0])
+
+    def _call(self, *command: str) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stdout + done.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--short", action="store_true", help="two rounds")
+    parser.add_argument("--rounds", type=int, help="default 5")
+    parser.add_argument("--case", nargs="*", choices=CASES, default=list(CASES))
+    arguments = parser.parse_args()
+    rounds = arguments.rounds or (2 if arguments.short else 5)
+    if rounds < 2:
+        parser.error("--rounds: two at least, for the quartiles")
+    print(f"{cpu_kind()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32")
+    for name in arguments.case:
+        with tempfile.TemporaryDirectory() as folder:
+            sides = Sides(CASES[name], Path(folder))
+            ours: list[float] = []
+            plain: list[float] = []
+            for turn in range(rounds):
+                for side in (0, 1)[:: -1 if turn % 2 else 1]:
+                    (ours, plain)[side].append((sides.ours, sides.plain)[side]())
+        ratios = [a / b for a, b in zip(ours, plain, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(
+            f"{name}, {CASES[name].workers} workers: raygpt {statistics.median(ours):,.0f} "
+            f"tokens/s, plain DDP {statistics.median(plain):,.0f}, ratio {middle:.3f} "
+            f"({low:.3f} to {high:.3f})",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
