@@ -45,10 +45,10 @@ class Case:
 
 
 CASES = {
-    "bytes, 6 x 384": Case("bytes", ModelConfig(6, 6, 384, 256, 320), 2, 1, 16, 8, 40, 10),
+    "bytes, 6 x 384": Case("bytes", ModelConfig(6, 6, 384, 256, 320), 2, 1, 8, 4, 40, 10),
     "50k words, 4 x 128": Case("gpt2", ModelConfig(4, 4, 128, 64, 50304), 2, 1, 32, 16, 60, 10),
     "bytes, 6 x 384, one worker": Case(
-        "bytes", ModelConfig(6, 6, 384, 256, 320), 1, 2, 16, 16, 40, 10
+        "bytes", ModelConfig(6, 6, 384, 256, 320), 1, 2, 8, 8, 40, 10
     ),
 }
 

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import ray
 from ray._private.grpc_utils import init_grpc_channel
+from ray._private.worker import get_dashboard_url
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from raygpt.config import ScaleConfig
@@ -40,7 +41,9 @@ def connect() -> None:
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
             if "://" not in address:
                 _check_token(address)
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        # Ray started here ends with the job; its dashboard would take time from the workers.
+        # A cluster that is there already has one, or not, whatever is said here.
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         if not address:
             raise
@@ -49,6 +52,11 @@ def connect() -> None:
             f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}); start it, correct "
             "RAY_ADDRESS, or unset it to train on this machine"
         ) from error
+
+
+def has_dashboard() -> bool:
+    """Whether somebody can look at Ray's dashboard."""
+    return bool(get_dashboard_url())
 
 
 def _check_token(address: str) -> None:

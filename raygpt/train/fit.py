@@ -27,7 +27,7 @@ from raygpt import device as devices
 from raygpt.data.stream import READER_CPUS, StreamConfig, window_dataset
 from raygpt.runs.accounts import SCHEDULE
 from raygpt.storage import Folder, patiently
-from raygpt.train import state
+from raygpt.train import cluster, state
 from raygpt.train.callbacks import Farewell, Judge, NoSnapshots, Timekeeper, find_user_error
 from raygpt.train.job import Job
 from raygpt.train.machines import LivingMachines
@@ -46,8 +46,9 @@ _RAY_SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # (60) waiting for a node that is gone
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20",  # (600) a worker out of reach is given up
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # (30) for workers that hang
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # (0) the dashboard's page of runs
 }
+_DASHBOARD = "RAY_TRAIN_ENABLE_STATE_TRACKING"
+"""Its page of runs, for which Ray Train keeps one more process."""
 
 
 def _window_dataset(job: Job, control: Any) -> Dataset:
@@ -74,6 +75,8 @@ def fit(job: Job, control: Any, tell: Callable[[str], None]) -> int | None:
     """
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
+    if cluster.has_dashboard():
+        os.environ.setdefault(_DASHBOARD, "1")
     # Ray Train would insist that all checkpoints of its own list are still there.
     job.run.delete_file(_RAY_SNAPSHOT)
     control.mark.remote(SCHEDULE, time.time())

@@ -1,0 +1,77 @@
+"""The head with its loss, forward and backward: raygpt's, torch's, and the matrix products alone.
+
+    python -m benchmarks.loss [--rounds 9] [--threads 1]
+
+In fp32 on the CPU, in turns; printed are medians of milliseconds.  The products are the three that
+nobody can do without: logits, and the gradients of hidden states and of the head.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raygpt.device import cpu_kind
+from raygpt.loss import linear_cross_entropy
+
+SIZES = [(1024, 128, 50304, 50257), (1024, 768, 50304, 50257), (2048, 384, 320, 257)]
+"""Tokens, width, words with padding and without."""
+
+
+def sides(n: int, c: int, v: int, used: int) -> dict[str, Callable[[], None]]:
+    torch.manual_seed(0)
+    x = torch.randn(n, c, requires_grad=True)
+    weight = (torch.randn(v, c) / c**0.5).requires_grad_()
+    targets = torch.randint(used, (n,))
+    mask = torch.zeros(v)
+    mask[used:] = float("-inf")
+
+    def backward(loss: Tensor) -> None:
+        loss.backward()
+        x.grad = weight.grad = None
+
+    @torch.no_grad()
+    def products() -> None:
+        logits = x @ weight.t()
+        logits @ weight
+        logits.t() @ x
+
+    return {
+        "raygpt": lambda: backward(linear_cross_entropy(x, weight, targets, used)),
+        "torch": lambda: backward(F.cross_entropy(F.linear(x, weight, mask), targets)),
+        "products alone": products,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"{cpu_kind()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32")
+    for size in SIZES:
+        functions = sides(*size)
+        times: dict[str, list[float]] = {name: [] for name in functions}
+        for turn in range(arguments.rounds + 1):
+            for name in list(functions)[:: -1 if turn % 2 else 1]:
+                began = time.perf_counter()
+                functions[name]()
+                if turn:  # the first one warms up
+                    times[name].append(1000 * (time.perf_counter() - began))
+        medians = {name: statistics.median(took) for name, took in times.items()}
+        print(
+            f"{size[0]} tokens of {size[1]}, {size[2]} words: "
+            + ", ".join(f"{name} {median:.1f} ms" for name, median in medians.items())
+            + f"; torch / raygpt {medians['torch'] / medians['raygpt']:.2f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
