@@ -186,6 +186,8 @@ class TrainConfig:
     sample_prompt: str = "\n"
     """Prompt of the sample printed at the end; empty prints none."""
     sample_tokens: int = 200
+    straggler_factor: float = 1.5
+    """A worker that takes so many times as long as the others is named; 0 for none."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -197,6 +199,7 @@ class TrainConfig:
             eval_every=self.eval_every,
             sample_tokens=self.sample_tokens,
             eval_tokens=self.eval_tokens,
+            straggler_factor=self.straggler_factor,
         )
 
 

@@ -6,7 +6,9 @@ NVIDIA GPUs and CPUs; what it gives up: other accelerators, and several GPUs for
 import contextlib
 import os
 import platform
+import time
 import warnings
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -35,6 +37,10 @@ PEAK_TFLOPS: dict[str, dict[torch.dtype, float]] = {
     "RTX 4090": {torch.bfloat16: 165.2, torch.float32: 82.6},
     "RTX 3090": {torch.bfloat16: 71.0, torch.float32: 35.6},
 }
+
+
+_PEAK_SIZE, _PEAK_TRIALS = 768, 8
+"""Of the matrix product that shows what a CPU reaches."""
 
 
 def worker_device(gpus_per_worker: int) -> torch.device:
@@ -120,11 +126,22 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype)
 
 
+@lru_cache(maxsize=4)
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense peak FLOP/s of a GPU by its data sheet; None where it is not known."""
-    if device.type != "cuda":
-        return None
-    return peak_flops_of(torch.cuda.get_device_name(device), dtype)
+    """Dense peak FLOP/s of this process's device, for MFU.
+
+    Of a GPU by its data sheet, None where that is not known; of a CPU what matrix products reach
+    on this process's threads, measured once (a few hundredths of a second).
+    """
+    if device.type == "cuda":
+        return peak_flops_of(torch.cuda.get_device_name(device), dtype)
+    a, b = (torch.ones(_PEAK_SIZE, _PEAK_SIZE, dtype=dtype) for _ in range(2))
+    out, took = torch.empty_like(a), []
+    for _ in range(_PEAK_TRIALS):
+        began = time.perf_counter()
+        torch.mm(a, b, out=out)
+        took.append(time.perf_counter() - began)
+    return 2 * _PEAK_SIZE**3 / min(took)  # the one that nothing disturbed
 
 
 def peak_flops_of(name: str, dtype: torch.dtype) -> float | None:
@@ -144,6 +161,37 @@ def memory_bytes(device: torch.device) -> int:
     with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as file:
         memory = min(memory, int(file.read()))  # "max" is no number: there is no limit
     return memory
+
+
+class Timer:
+    """Milliseconds that a device takes for what it is given between two moments; waits for nothing.
+
+    On a CPU, that is the time in between.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self._times = [0.0, 0.0]
+
+    def start(self) -> None:
+        self._mark(0)
+
+    def stop(self) -> None:
+        self._mark(1)
+
+    def _mark(self, moment: int) -> None:
+        if self._events:
+            self._events[moment].record()
+        else:
+            self._times[moment] = time.perf_counter()
+
+    def ms(self) -> float:
+        """Between the last two moments; the device must be done with what it was given."""
+        if self._events:
+            return self._events[0].elapsed_time(self._events[1])
+        return 1000 * (self._times[1] - self._times[0])
 
 
 class Copier:

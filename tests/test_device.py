@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -136,8 +137,25 @@ def test_peaks_are_those_of_the_data_sheets(
     assert devices.peak_flops_of(name, torch.float32) == fp32
 
 
-def test_a_cpu_has_no_peak_but_memory() -> None:
-    assert devices.peak_flops(CPU, torch.float32) is None
+def test_the_peak_of_a_cpu_is_measured_once() -> None:
+    devices.peak_flops.cache_clear()
+    peak = devices.peak_flops(CPU, torch.float32)
+    assert peak is not None and 1e8 < peak < 1e14
+    assert devices.peak_flops(CPU, torch.float32) == peak
+
+
+def test_a_timer_measures_what_lies_between() -> None:
+    timer = devices.Timer(CPU)
+    timer.start()
+    time.sleep(0.02)
+    timer.stop()
+    measured = timer.ms()
+    assert measured >= 20
+    time.sleep(0.02)
+    assert timer.ms() == measured
+
+
+def test_a_cpu_has_memory() -> None:
     assert 2**28 < devices.memory_bytes(CPU) < 2**50
 
 

@@ -61,6 +61,7 @@ MAY_CHANGE: dict[str, Any] = {
     "train.checkpoint_every": 7,
     "train.sample_prompt": "O",
     "train.sample_tokens": 7,
+    "train.straggler_factor": 2.0,
     "scale.workers": "1",
     "scale.gpus_per_worker": 1,
     "scale.cpus_per_worker": 2.0,

@@ -43,7 +43,7 @@ def gather_machines(device: torch.device) -> tuple[list[dict[str, Any]], bool]:
 
     Returns:
         Of each machine its ``address``, ``device`` (of the first worker there), ``cpus``,
-        ``memory`` in bytes and number of ``workers``, in the order of their first ranks; and
+        ``memory`` in bytes, number of ``workers`` and their ``ranks``, in the order of these; and
         whether this worker is the first one of its machine.
     """
     mine = {
@@ -56,7 +56,9 @@ def gather_machines(device: torch.device) -> tuple[list[dict[str, Any]], bool]:
     dist.all_gather_object(everyone, (ray.get_runtime_context().get_node_id(), mine))
     machines: dict[str, dict[str, Any]] = {}
     nodes = [node for node, _ in everyone]
-    for node, found in everyone:
-        machines.setdefault(node, {**found, "workers": 0})["workers"] += 1
+    for rank, (node, found) in enumerate(everyone):
+        machine = machines.setdefault(node, {**found, "workers": 0, "ranks": []})
+        machine["workers"] += 1
+        machine["ranks"].append(rank)
     rank = dist.get_rank()
     return list(machines.values()), nodes.index(nodes[rank]) == rank

@@ -58,6 +58,7 @@ class Recorder:
             "mfu": flops / (peak * self.world_size) if peak else None,
             "data_wait_ms": round(1000 * data_wait, 3),
             "world_size": self.world_size,
+            "lane_ms": [round(ms, 3) for ms in result.lane_ms],
             "epoch": epoch,
             "batch_hash": batch_hash(result.lane_hashes),
             "skipped": position.skipped,

@@ -38,6 +38,9 @@ class StepResult:
     """Loss or norm is not finite: the weights are left as they are."""
     votes: tuple[int, ...]
     """Of each question put to all workers, how many said yes."""
+    lane_ms: tuple[float, ...]
+    """Of each worker, the milliseconds that it computed for a lane in the step before; 0 where
+    there was none.  Waiting for others is no part of it."""
 
 
 class Stepper:
@@ -69,6 +72,7 @@ class Stepper:
         self._lanes, self._micro, self._grad_clip = lanes, micro, grad_clip
         self._device, self._dtype, self._seed = device, dtype, seed
         self._norm = torch.zeros(())
+        self._timer, self._lane_us = devices.Timer(device), 0
 
     def gradient(
         self, batch: StepWindows, owners: tuple[int, ...], votes: Sequence[int] = ()
@@ -83,6 +87,7 @@ class Stepper:
         plan = reduce_plan(owners, dist.get_rank(), dist.get_world_size())
         self._gradients.begin(plan)
         losses = torch.zeros(self._lanes, dtype=torch.float64, device=self._device)
+        self._timer.start()
         for lane in plan.lanes:
             self._seed_dropout(batch.step, lane)
             last = lane == plan.lanes[-1]
@@ -95,16 +100,19 @@ class Stepper:
             )
             if not last:
                 self._gradients.add_lane(lane)
+        self._timer.stop()
         report = self._share(plan, batch, losses, votes)
         self._gradients.finish()
 
-        lane_losses, hashes, counted = report()
+        lane_losses, hashes, counted, lane_us = report()
         loss = math.fsum(lane_losses) / self._lanes
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         self._norm = torch.nn.utils.get_total_norm(gradients)
         norm = self._norm.item()
+        self._lane_us = round(1000 * self._timer.ms() / len(plan.lanes))
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
-        return StepResult(loss, norm, hashes, skipped, counted)
+        lane_ms = tuple(us / 1000 for us in lane_us)
+        return StepResult(loss, norm, hashes, skipped, counted, lane_ms)
 
     def update(self, result: StepResult, lr: float) -> None:
         """Clip the gradient and update the weights, unless the step is skipped.
@@ -134,29 +142,34 @@ class Stepper:
 
     def _share(
         self, plan: ReducePlan, batch: StepWindows, losses: Tensor, votes: Sequence[int]
-    ) -> Callable[[], tuple[list[float], tuple[str, ...], tuple[int, ...]]]:
-        """Start to share all lanes' losses and hashes and the votes; call the result for them.
+    ) -> Callable[[], tuple[list[float], tuple[str, ...], tuple[int, ...], tuple[int, ...]]]:
+        """Start to share all lanes' losses and hashes, the votes, and what a lane took each
+        worker in the step before; call the result for them.
 
         One sum of integers: each lane has one owner, so everyone else adds zero bits.  It runs
         beside the exchange of the gradient, where it takes no time of its own.
         """
+        times = [0] * plan.world_size
+        times[plan.rank] = self._lane_us
         hashes = torch.zeros(self._lanes, dtype=torch.int64)
         for lane in plan.lanes:
             digest = bytes.fromhex(lane_hash(batch.lanes[lane]))
             hashes[lane] = int.from_bytes(digest, "little", signed=True)
-        mine = torch.cat([hashes, torch.tensor(votes, dtype=torch.int64)]).to(self._device)
+        counts = torch.tensor([*votes, *times], dtype=torch.int64)
+        mine = torch.cat([hashes, counts]).to(self._device)
         report = torch.cat([losses.view(torch.int64), mine])
         work = dist.all_reduce(report, async_op=True)
 
-        def shared() -> tuple[list[float], tuple[str, ...], tuple[int, ...]]:
+        def shared() -> tuple[list[float], tuple[str, ...], tuple[int, ...], tuple[int, ...]]:
             work.wait()
-            lane_losses, digests, counted = report.cpu().split(
-                [self._lanes, self._lanes, len(votes)]
+            lane_losses, digests, counted, lane_us = report.cpu().split(
+                [self._lanes, self._lanes, len(votes), len(times)]
             )
             return (
                 lane_losses.view(torch.float64).tolist(),
                 tuple(d.to_bytes(8, "little", signed=True).hex() for d in digests.tolist()),
                 tuple(counted.tolist()),
+                tuple(lane_us.tolist()),
             )
 
         return shared

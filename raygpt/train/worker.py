@@ -37,6 +37,7 @@ from raygpt.train.reduce import data_parallel
 from raygpt.train.saver import Saver
 from raygpt.train.state import Position
 from raygpt.train.step import Stepper, StepResult
+from raygpt.train.straggler import Stragglers
 from raygpt.train.validation import Validation
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -147,6 +148,10 @@ class Worker:
             self._has_saved,
         )
         self.gauges = Gauges(config.run.name, self.rank, self.log)
+        places = {rank: m["address"] for m in machines for rank in m["ranks"]}
+        self.stragglers = Stragglers(
+            config.train.straggler_factor, [places[rank] for rank in sorted(places)]
+        )
         self.stopwatch = Stopwatch()
         self._mark(RESTORE, began)
         listener.rescue = self.rescue
@@ -383,6 +388,8 @@ class Worker:
         self.gauges.step(record)
         if self.log is not None:
             self.log.check()
+            for text in self.stragglers.look(record.metrics["lane_ms"]):
+                self.log.event("straggler", record.metrics["step"], text)
             step, log_every = record.metrics["step"], self.config.train.log_every
             board = step % log_every == 0 or step + 1 == self.config.train.steps
             self.log.step(record, board)

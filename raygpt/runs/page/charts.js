@@ -5,7 +5,7 @@
   const several = runs.length > 1;
   const choice = { axis: "step", log: false };
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const EVENTS = { start: "--c0", rescue: "--c0", skip: "--bad", stop: "--warn", leave: "--warn" };
+  const EVENTS = { start: "--c0", rescue: "--c0", skip: "--bad", stop: "--warn", leave: "--warn", straggler: "--warn" };
   const CHARTS = [
     { title: "Loss", unit: "nats a token", name: "loss", band: true, validation: true, wide: true, log: true },
     { title: "Throughput", unit: "tokens a second", name: "tokens_per_s", zero: true },
