@@ -32,13 +32,17 @@ class Arguments:
 
 def main() -> None:
     arguments = parse(Arguments, __doc__)
-    console, storage = Console(), Folder.from_path(arguments.storage)
+    # A narrow terminal wraps what it shows; a number that is cut is none.
+    console, storage = Console(width=1000), Folder.from_path(arguments.storage)
     runs = find_runs(storage, lambda text: print(f"warning: {text}"))
     if arguments.compare:
         runs = pick(runs, arguments.compare, storage)
         if len(runs) < 2:
             raise UserError("--compare wants at least two names")
-    table = Table(*HEADS)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for head in HEADS:
+        words = head in ("run", "state")
+        table.add_column(head, justify="left" if words else "right", no_wrap=True)
     rows = [row(history) for history in runs]
     for cells in rows:
         table.add_row(*cells)

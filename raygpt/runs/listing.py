@@ -64,7 +64,7 @@ def row(history: History, now: float | None = None) -> list[str]:
     return [
         history.name,
         history.state(now),
-        f"{history.done:,} / {history.steps:,}",
+        f"{history.done:,}/{history.steps:,}",
         _loss(last.get("loss")),
         _loss(curves.validations[-1][3] if curves.validations else None),
         _loss(best[1] if best else None),
