@@ -22,7 +22,7 @@ ORDER = ("rank 0", "node", "stop", "drain", "add", "worker", "partition", "drive
 """Each kind once; so that there are always nodes to lose, and none need be replaced."""
 
 
-@pytest.mark.xdist_group("chaos")
+@pytest.mark.xdist_group("ray")
 @pytest.mark.timeout(1500)  # a busy machine may take long; a recovery has its own limit
 def test_a_run_that_meets_every_fault(tmp_path: Path) -> None:
     """It loses processes, machines, its driver and its cluster, and nobody can tell."""
