@@ -8,7 +8,6 @@ import os
 import platform
 import time
 import warnings
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -37,9 +36,7 @@ PEAK_TFLOPS: dict[str, dict[torch.dtype, float]] = {
     "RTX 4090": {torch.bfloat16: 165.2, torch.float32: 82.6},
     "RTX 3090": {torch.bfloat16: 71.0, torch.float32: 35.6},
 }
-
-
-_PEAK_SIZE, _PEAK_TRIALS = 768, 8
+_PEAK_SIZE, _PEAK_TRIALS = 768, 4
 """Of the matrix product that shows what a CPU reaches."""
 
 
@@ -126,12 +123,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype)
 
 
-@lru_cache(maxsize=4)
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Dense peak FLOP/s of this process's device, for MFU.
 
     Of a GPU by its data sheet, None where that is not known; of a CPU what matrix products reach
-    on this process's threads, measured once (a few hundredths of a second).
+    on this process's threads, measured in a few hundredths of a second.
     """
     if device.type == "cuda":
         return peak_flops_of(torch.cuda.get_device_name(device), dtype)

@@ -2,8 +2,8 @@
 
 The logits of N tokens over V words are the largest thing of a small model.  They are made in
 chunks, turned into probabilities, and these at once into gradients; the backward pass only scales
-what is there (as in Hsu et al. 2024, "Liger Kernel", section 3.2).  Only one pass over a chunk
-is made beside the three matrix products and the softmax.
+what is there (as in Hsu et al. 2024, "Liger Kernel", section 3.2).  Beside the three matrix
+products and the softmax, a chunk is read twice, for its largest logits and probabilities.
 
 What it gives up: gradients of gradients.
 """
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 2**26
-"""Of fp32 logits at a time."""
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}
+"""Of fp32 logits at a time.  A GPU's products want more rows, and each chunk costs a pass over the
+head's gradient; not measured there."""
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
@@ -66,7 +67,7 @@ def _losses(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):
         head, x = weight.to(dtype), x.to(dtype)
-        rows = math.ceil(len(x) / math.ceil(4 * len(x) * len(weight) / CHUNK_BYTES))
+        rows = math.ceil(len(x) / math.ceil(4 * len(x) * len(weight) / CHUNK_BYTES[kind]))
         # Kept from chunk to chunk: fresh pages would cost as much as the softmax.
         all_logits = x.new_empty(rows, len(weight))
         all_p = x.new_empty(rows, len(weight), dtype=torch.float32)

@@ -25,7 +25,7 @@ def expected(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 @pytest.fixture(params=[1, 7, 36, 37, 1000])
 def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Tokens of a chunk, at most."""
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * V * request.param)
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * V * request.param)
     return int(request.param)
 
 
@@ -76,7 +76,7 @@ def test_bf16_products_and_an_fp32_loss(rows: int, kind: str) -> None:
 
 def test_no_matrix_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither forward nor backward: the largest piece of memory is a chunk."""
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * V * 5)
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * V * 5)
     x, weight, targets = inputs()
     with torch.profiler.profile(profile_memory=True) as profile:
         linear_cross_entropy(x, weight, targets, N_VOCAB).backward()

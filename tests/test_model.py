@@ -122,6 +122,10 @@ def test_padding_changes_neither_loss_nor_gradient() -> None:
     assert logits[..., :27].isfinite().all()
 
 
+def test_padding_is_not_part_of_the_state() -> None:
+    assert set(_model(n_vocab=27).state_dict()) == set(_model().state_dict())
+
+
 def test_bf16_autocast_computes_the_loss_in_fp32() -> None:
     model = _model(n_vocab=27)
     idx, targets = _batch(27)

@@ -15,7 +15,7 @@ from raygpt.train.reduce import data_parallel
 from raygpt.train.step import Stepper
 from raygpt.train.straggler import WINDOW_STEPS, Stragglers
 
-ADDRESSES = ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
+MACHINES = [{"address": f"10.0.0.{rank + 1}", "ranks": [rank]} for rank in range(3)]
 
 
 def said(stragglers: Stragglers, *rows: tuple[float, ...]) -> list[str]:
@@ -24,30 +24,30 @@ def said(stragglers: Stragglers, *rows: tuple[float, ...]) -> list[str]:
 
 
 def test_a_slow_worker_is_named_once_with_its_machine() -> None:
-    (text,) = said(Stragglers(1.5, ADDRESSES), (10, 12, 31), (10, 12, 31), (10, 12, 33))
+    (text,) = said(Stragglers(1.5, MACHINES), (10, 12, 31), (10, 12, 31), (10, 12, 33))
     assert text.startswith("worker 2 on 10.0.0.3 takes 31.0 ms for a lane, 2.8 times the median")
 
 
 def test_of_two_the_other_one_is_the_measure() -> None:
-    (text,) = said(Stragglers(1.5, ADDRESSES), (16, 10))
+    (text,) = said(Stragglers(1.5, MACHINES), (16, 10))
     assert text.startswith("worker 0 on 10.0.0.1 takes 16.0 ms for a lane, 1.6 times")
 
 
 def test_it_is_named_again_when_it_was_not_slow_in_between() -> None:
-    texts = said(Stragglers(1.5, ADDRESSES), (10, 10, 20), (10, 10, 14), (10, 10, 20))
+    texts = said(Stragglers(1.5, MACHINES), (10, 10, 20), (10, 10, 14), (10, 10, 20))
     assert [text.split(" takes ")[0] for text in texts] == ["worker 2 on 10.0.0.3"] * 2
 
 
 def test_a_moment_is_not_enough() -> None:
-    stragglers = Stragglers(1.5, ADDRESSES)
+    stragglers = Stragglers(1.5, MACHINES)
     for step in range(4 * WINDOW_STEPS):
         assert stragglers.look((10, 10, 90 if step % 3 == 0 else 11)) == []
 
 
 def test_nobody_is_judged_alone_or_without_a_factor_or_a_measure() -> None:
-    assert not said(Stragglers(1.5, ADDRESSES), (30,))
-    assert not said(Stragglers(0, ADDRESSES), (10, 10, 90))
-    assert not said(Stragglers(1.5, ADDRESSES), (0, 10, 90))
+    assert not said(Stragglers(1.5, MACHINES), (30,))
+    assert not said(Stragglers(0, MACHINES), (10, 10, 90))
+    assert not said(Stragglers(1.5, MACHINES), (0, 10, 90))
 
 
 def train(pauses: dict[int, float]) -> list[tuple[float, ...]]:

@@ -52,7 +52,9 @@ def wait(head: Head, condition: Callable[[dict[str, dict[str, float]]], bool]) -
 
 def test_a_run_can_be_watched(head: Head, reference: Reference) -> None:
     run = reference.run(reference.storage, "watched")
-    process = run.start("--train.steps", "1000000", "--train.eval_every", "100")
+    process = run.start(
+        "--train.steps", "1000000", "--train.eval_every", "100", "--train.straggler_factor", "0.01"
+    )
     shown = {f"ray_{name}" for name in NAMES}
     try:
         found = wait(head, lambda series: set(series) >= shown)
@@ -70,7 +72,12 @@ def test_a_run_can_be_watched(head: Head, reference: Reference) -> None:
     for name, column in (("loss", "loss"), ("learning_rate", "lr"), ("tokens", "tokens")):
         near = [steps[step][column] for step in range(at - 2, at + 3)]
         assert any(found[f"ray_raygpt_{name}"]["0"] == pytest.approx(value) for value in near)
-    assert 0 < found["ray_raygpt_goodput"]["0"] <= 1
+    assert 0 < found["ray_raygpt_goodput"]["0"] <= 1 and found["ray_raygpt_mfu"]["0"] > 0
+    (start,), slow = run.events("start"), run.events("straggler")
+    address = start["machines"][0]["address"]  # at such a factor, each is slow beside the other
+    assert [event["text"].split(" takes ")[0] for event in slow] == [
+        f"worker {rank} on {address}" for rank in (0, 1)
+    ]
     (state,) = (r for r in page["train_runs"] if r["name"] == "watched")
     assert state["status"] == "RUNNING"
 

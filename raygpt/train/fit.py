@@ -47,8 +47,6 @@ _RAY_SETTINGS = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20",  # (600) a worker out of reach is given up
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # (30) for workers that hang
 }
-_DASHBOARD = "RAY_TRAIN_ENABLE_STATE_TRACKING"
-"""Its page of runs, for which Ray Train keeps one more process."""
 
 
 def _window_dataset(job: Job, control: Any) -> Dataset:
@@ -75,8 +73,8 @@ def fit(job: Job, control: Any, tell: Callable[[str], None]) -> int | None:
     """
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
-    if cluster.has_dashboard():
-        os.environ.setdefault(_DASHBOARD, "1")
+    if cluster.has_dashboard():  # whose page of runs costs one more process
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     # Ray Train would insist that all checkpoints of its own list are still there.
     job.run.delete_file(_RAY_SNAPSHOT)
     control.mark.remote(SCHEDULE, time.time())

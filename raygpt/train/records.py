@@ -3,9 +3,6 @@
 import time
 from dataclasses import dataclass
 
-import torch
-
-from raygpt import device as devices
 from raygpt.config import ModelConfig
 from raygpt.data.hashes import batch_hash
 from raygpt.model import flops_per_token
@@ -19,8 +16,8 @@ class Recorder:
     """Makes the records of one group of workers."""
 
     model: ModelConfig
-    device: torch.device
-    dtype: torch.dtype
+    peak: float | None
+    """Dense FLOP/s of each worker's device; None if not known."""
     world_size: int
 
     def record(
@@ -45,7 +42,6 @@ class Recorder:
         """
         now, step = round(time.time(), 3), position.step - 1
         speed = tokens / seconds
-        peak = devices.peak_flops(self.device, self.dtype)
         flops = flops_per_token(self.model) * speed
         row = {
             "step": step,
@@ -55,7 +51,7 @@ class Recorder:
             "grad_norm": result.grad_norm,
             "step_ms": round(1000 * seconds, 3),
             "tokens_per_s": round(speed, 2),
-            "mfu": flops / (peak * self.world_size) if peak else None,
+            "mfu": flops / (self.peak * self.world_size) if self.peak else None,
             "data_wait_ms": round(1000 * data_wait, 3),
             "world_size": self.world_size,
             "lane_ms": [round(ms, 3) for ms in result.lane_ms],

@@ -22,6 +22,8 @@ from raygpt.optim import set_lr
 from raygpt.train.reduce import GradientSum, ReducePlan, reduce_plan
 
 Forward = Callable[[Tensor, Tensor], Tensor]
+_Shared = tuple[list[float], tuple[str, ...], tuple[int, ...], tuple[int, ...]]
+"""Losses and hashes by lane, votes, and microseconds of a lane by rank."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class Stepper:
 
     def _share(
         self, plan: ReducePlan, batch: StepWindows, losses: Tensor, votes: Sequence[int]
-    ) -> Callable[[], tuple[list[float], tuple[str, ...], tuple[int, ...], tuple[int, ...]]]:
+    ) -> Callable[[], _Shared]:
         """Start to share all lanes' losses and hashes, the votes, and what a lane took each
         worker in the step before; call the result for them.
 
@@ -160,7 +162,7 @@ class Stepper:
         report = torch.cat([losses.view(torch.int64), mine])
         work = dist.all_reduce(report, async_op=True)
 
-        def shared() -> tuple[list[float], tuple[str, ...], tuple[int, ...], tuple[int, ...]]:
+        def shared() -> _Shared:
             work.wait()
             lane_losses, digests, counted, lane_us = report.cpu().split(
                 [self._lanes, self._lanes, len(votes), len(times)]

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 WINDOW_STEPS = 20
 """A worker is judged by its median over so many steps."""
@@ -12,11 +13,12 @@ class Stragglers:
 
     Args:
         factor: so many times the median of the others is too slow; 0 for no judgement.
-        addresses: the machine of each worker, by rank.
+        machines: of this group of workers, as ``gather_machines`` tells.
     """
 
-    def __init__(self, factor: float, addresses: Sequence[str]) -> None:
-        self._factor, self._addresses = factor, addresses
+    def __init__(self, factor: float, machines: Sequence[dict[str, Any]]) -> None:
+        self._factor = factor
+        self._addresses = {rank: m["address"] for m in machines for rank in m["ranks"]}
         self._recent: list[Sequence[float]] = []
         self._named: set[int] = set()
 

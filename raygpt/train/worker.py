@@ -79,7 +79,8 @@ class Worker:
         self.device = devices.worker_device(config.scale.gpus_per_worker or 0)
         devices.set_up(self.device, config.scale.threads, bool(config.train.exact))
         self.dtype = devices.resolve_precision(config.train.precision, self.device)
-        self.recorder = Recorder(config.model, self.device, self.dtype, self.world_size)
+        peak = devices.peak_flops(self.device, self.dtype)
+        self.recorder = Recorder(config.model, peak, self.world_size)
 
         torch.manual_seed(config.train.seed)
         self.model = GPT(config.model, job.n_vocab).to(self.device)
@@ -148,10 +149,7 @@ class Worker:
             self._has_saved,
         )
         self.gauges = Gauges(config.run.name, self.rank, self.log)
-        places = {rank: m["address"] for m in machines for rank in m["ranks"]}
-        self.stragglers = Stragglers(
-            config.train.straggler_factor, [places[rank] for rank in sorted(places)]
-        )
+        self.stragglers = Stragglers(config.train.straggler_factor, machines)
         self.stopwatch = Stopwatch()
         self._mark(RESTORE, began)
         listener.rescue = self.rescue
