@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.xdist_group("ray")
 def test_the_default_learns_and_ends_with_a_sample(tmp_path: Path) -> None:
-    """A third of its steps; how long it takes is benchmarked, not asserted."""
+    """How long it takes is benchmarked, not asserted; what it reaches is the same everywhere."""
     output = subprocess.run(
-        [sys.executable, "jobs/train.py", "--train.steps", "700", "--run.storage", str(tmp_path)],
+        [sys.executable, "jobs/train.py", "--run.storage", str(tmp_path)],
         cwd=ROOT,
         env={key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
         stdout=subprocess.PIPE,
@@ -27,7 +27,7 @@ def test_the_default_learns_and_ends_with_a_sample(tmp_path: Path) -> None:
         json.loads(line)
         for line in (tmp_path / "shakespeare" / "metrics.jsonl").read_text().splitlines()
     ]
-    assert rows[-1]["val_loss"] <= 2.10  # nats a byte
+    assert rows[-1]["val_loss"] <= 1.80  # nats a byte
     assert {row["world_size"] for row in rows} == {2}
     before, _, sample = output.partition(f"Sample at step {len(rows)}:\n")
     assert "Result" in before and len(sample) > 150
