@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.processes import on_processes
+from benchmarks.turns import add_rounds, ratio, rounds, turns
 from raygpt.config import ModelConfig, OptimConfig
 from raygpt.data.order import Segments
 from raygpt.data.stream import StepWindows
@@ -99,14 +100,13 @@ def plain(config: ModelConfig, mine: Lanes, owners: tuple[int, ...]) -> Step:
 def measure(sides: list[Step], rounds: int, steps: int) -> list[list[float]]:
     """Milliseconds a step of each side in each round; sides take turns to begin."""
     times: list[list[float]] = [[] for _ in sides]
-    for turn in range(rounds):
-        for side in range(len(sides))[:: -1 if turn % 2 else 1]:
-            took = []
-            for number in range(WARM_UP + steps):
-                began = time.perf_counter()
-                sides[side](number)
-                took.append(1000 * (time.perf_counter() - began))
-            times[side].append(statistics.median(took[WARM_UP:]))
+    for side in turns(len(sides), rounds):
+        took = []
+        for number in range(WARM_UP + steps):
+            began = time.perf_counter()
+            sides[side](number)
+            took.append(1000 * (time.perf_counter() - began))
+        times[side].append(statistics.median(took[WARM_UP:]))
     return times
 
 
@@ -127,29 +127,23 @@ def compare(case: tuple[str, int, int], rounds: int, steps: int) -> None:
         [canonical(config, mine, owners), plain(config, mine, owners)], rounds, steps
     )
     if rank == 0:
-        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
         print(
             f"{name}, {workers} workers, {lanes} lanes: canonical {statistics.median(ours):.2f} "
-            f"ms, all-reduce {statistics.median(theirs):.2f} ms, ratio {middle:.3f} "
-            f"({low:.3f} to {high:.3f})",
+            f"ms, all-reduce {statistics.median(theirs):.2f} ms, ratio {ratio(ours, theirs)}",
             flush=True,
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="the small model only, few rounds")
-    parser.add_argument("--rounds", type=int, help="default 20, short 4")
+    add_rounds(parser, usual=20, short=4)
     parser.add_argument("--steps", type=int, default=10, help="of a side in a round")
     arguments = parser.parse_args()
     cases = [CASES[0], CASES[2]] if arguments.short else CASES
-    rounds = arguments.rounds or (4 if arguments.short else 20)
-    if rounds < 2:
-        parser.error("--rounds: two at least, for the quartiles")
+    asked = rounds(parser, arguments)
     print(f"{cpu_kind()}, {os.cpu_count()} cores, torch {torch.__version__}, 1 thread a worker")
     for case in cases:
-        on_processes(case[1], compare, case, rounds, arguments.steps)
+        on_processes(case[1], compare, case, asked, arguments.steps)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The head with its loss, forward and backward: raygpt's, torch's, and the matrix products alone.
 
-    python -m benchmarks.loss [--rounds 9] [--threads 1]
+    python -m benchmarks.loss [--short] [--rounds 9] [--threads 1]
 
 In fp32 on the CPU, in turns; printed are medians of milliseconds.  The products are the three that
 nobody can do without: logits, and the gradients of hidden states and of the head.
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.turns import add_rounds, ratio, rounds, turns
 from raygpt.device import cpu_kind
 from raygpt.loss import linear_cross_entropy
 
@@ -50,25 +51,25 @@ def sides(n: int, c: int, v: int, used: int) -> dict[str, Callable[[], None]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    add_rounds(parser, usual=9, short=3)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    asked = rounds(parser, arguments)
     torch.set_num_threads(arguments.threads)
     print(f"{cpu_kind()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32")
     for size in SIZES:
         functions = sides(*size)
         times: dict[str, list[float]] = {name: [] for name in functions}
-        for turn in range(arguments.rounds + 1):
-            for name in list(functions)[:: -1 if turn % 2 else 1]:
-                began = time.perf_counter()
-                functions[name]()
-                if turn:  # the first one warms up
-                    times[name].append(1000 * (time.perf_counter() - began))
-        medians = {name: statistics.median(took) for name, took in times.items()}
+        for side in turns(len(functions), asked + 1):
+            name = list(functions)[side]
+            began = time.perf_counter()
+            functions[name]()
+            times[name].append(1000 * (time.perf_counter() - began))
+        medians = {name: statistics.median(took[1:]) for name, took in times.items()}  # warm
         print(
             f"{size[0]} tokens of {size[1]}, {size[2]} words: "
             + ", ".join(f"{name} {median:.1f} ms" for name, median in medians.items())
-            + f"; torch / raygpt {medians['torch'] / medians['raygpt']:.2f}",
+            + f"; torch / raygpt {ratio(times['torch'][1:], times['raygpt'][1:])}",
             flush=True,
         )
 

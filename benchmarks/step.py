@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.turns import add_rounds, ratio, rounds, turns
 from raygpt.config import ModelConfig
 from raygpt.data.prepare import prepare
 from raygpt.data.tokenizer import load_tokenizer
@@ -45,8 +46,12 @@ class Case:
 
 
 CASES = {
-    "bytes, 6 x 384": Case("bytes", ModelConfig(6, 6, 384, 256, 320), 2, 1, 8, 4, 40, 10),
-    "50k words, 4 x 128": Case("gpt2", ModelConfig(4, 4, 128, 64, 50304), 2, 1, 32, 16, 60, 10),
+    "bytes, 6 x 384, two workers": Case(
+        "bytes", ModelConfig(6, 6, 384, 256, 320), 2, 1, 8, 4, 40, 10
+    ),
+    "50k words, 4 x 128, two workers": Case(
+        "gpt2", ModelConfig(4, 4, 128, 64, 50304), 2, 1, 32, 16, 60, 10
+    ),
     "bytes, 6 x 384, one worker": Case(
         "bytes", ModelConfig(6, 6, 384, 256, 320), 1, 2, 8, 8, 40, 10
     ),
@@ -75,11 +80,7 @@ class Sides:
             *(f"--run.storage={self._folder}", f"--run.name={self._runs}"),
             *(f"--batch.tokens={tokens}", f"--batch.lanes={case.workers}"),
             *(f"--batch.micro={case.micro}", f"--train.steps={case.steps}"),
-            *(
-                "--train.eval_tokens=0",
-                "--train.sample_tokens=1",
-                "--train.checkpoint_every=100000",
-            ),
+            *("--train.eval_tokens=0", "--train.sample_prompt=", "--train.log_every=10"),
             *("--train.checkpoint_every=100000", "--train.precision=fp32"),
             "--scale.gpus_per_worker=0",
             *(f"--scale.workers={case.workers}", f"--scale.threads={case.threads}"),
@@ -121,28 +122,20 @@ class Sides:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="two rounds")
-    parser.add_argument("--rounds", type=int, help="default 5")
+    add_rounds(parser, usual=5, short=2)
     parser.add_argument("--case", nargs="*", choices=CASES, default=list(CASES))
     arguments = parser.parse_args()
-    rounds = arguments.rounds or (2 if arguments.short else 5)
-    if rounds < 2:
-        parser.error("--rounds: two at least, for the quartiles")
+    asked = rounds(parser, arguments)
     print(f"{cpu_kind()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32")
     for name in arguments.case:
         with tempfile.TemporaryDirectory() as folder:
             sides = Sides(CASES[name], Path(folder))
-            ours: list[float] = []
-            plain: list[float] = []
-            for turn in range(rounds):
-                for side in (0, 1)[:: -1 if turn % 2 else 1]:
-                    (ours, plain)[side].append((sides.ours, sides.plain)[side]())
-        ratios = [a / b for a, b in zip(ours, plain, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+            speeds: tuple[list[float], list[float]] = ([], [])
+            for side in turns(2, asked):
+                speeds[side].append((sides.ours, sides.plain)[side]())
+        ours, plain = (statistics.median(speed) for speed in speeds)
         print(
-            f"{name}, {CASES[name].workers} workers: raygpt {statistics.median(ours):,.0f} "
-            f"tokens/s, plain DDP {statistics.median(plain):,.0f}, ratio {middle:.3f} "
-            f"({low:.3f} to {high:.3f})",
+            f"{name}: raygpt {ours:,.0f} tokens/s, plain DDP {plain:,.0f}, ratio {ratio(*speeds)}",
             flush=True,
         )
 

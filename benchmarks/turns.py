@@ -1,0 +1,34 @@
+"""What comparisons share: sides that take turns, and a ratio with its spread."""
+
+import argparse
+import statistics
+from collections.abc import Iterator, Sequence
+
+
+def add_rounds(parser: argparse.ArgumentParser, usual: int, short: int) -> None:
+    """The options ``--short`` and ``--rounds``; see :func:`rounds`."""
+    parser.add_argument("--short", action="store_true", help="the short form")
+    parser.add_argument("--rounds", type=int, help=f"default {usual}, short {short}")
+    parser.set_defaults(usual=usual, few=short)
+
+
+def rounds(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """How many rounds were asked for; ends the program if they are too few."""
+    asked: int = arguments.rounds or (arguments.few if arguments.short else arguments.usual)
+    if asked < 2:
+        parser.error("--rounds: two at least, for the quartiles")
+    return asked
+
+
+def turns(sides: int, rounds: int) -> Iterator[int]:
+    """Whose turn it is, round after round; sides take turns to begin."""
+    for turn in range(rounds):
+        yield from range(sides)[:: -1 if turn % 2 else 1]
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> str:
+    """The median ratio within a round, and its quartiles."""
+    low, middle, high = statistics.quantiles(
+        [a / b for a, b in zip(above, below, strict=True)], n=4
+    )
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
