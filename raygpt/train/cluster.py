@@ -24,17 +24,37 @@ from raygpt.train import growth
 from raygpt.train.growth import Shape
 
 CONNECT_SECONDS = 10.0
+_TRAIN_SETTINGS = {
+    # Defaults of Ray Train in parentheses.  A user's own settings of these variables go first.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # (2) how soon a lost worker is noticed
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # (5) how soon a drained node is
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # (60) waiting for a node that is gone
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20",  # (600) a worker out of reach is given up
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # (30) for workers that hang
+}
+_LOCAL_SETTINGS = {
+    # Of a Ray that is started here, for this job alone.
+    "RAY_worker_niceness": "0",  # (15) its helpers would go before what trains
+    "RAY_prestart_worker_first_driver": "0",  # (1) processes that no worker can use
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # (1) nobody drains this machine
+}
 
 
-def connect() -> None:
+def connect() -> bool:
     """Connect to the cluster at ``RAY_ADDRESS``, or start Ray on this machine.
+
+    Returns:
+        Whether Ray was started here, to end with this process.
 
     Raises:
         UserError: no cluster answers at that address.
     """
-    if ray.is_initialized():
-        return
     address = os.environ.get("RAY_ADDRESS", "")
+    start = not address and not ray.is_initialized()
+    for name, value in {**_TRAIN_SETTINGS, **(_LOCAL_SETTINGS if start else {})}.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        return False
     try:
         host, _, port = address.rpartition("://")[2].rpartition(":")
         if host and port.isdigit():  # Ray itself would try for minutes
@@ -52,6 +72,7 @@ def connect() -> None:
             f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}); start it, correct "
             "RAY_ADDRESS, or unset it to train on this machine"
         ) from error
+    return start
 
 
 def has_dashboard() -> bool:

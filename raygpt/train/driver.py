@@ -15,7 +15,7 @@ from raygpt.runs.accounts import Accounts
 from raygpt.runs.files import CONFIG, METRICS, REPORT, TENSORBOARD, read_json_lines
 from raygpt.runs.history import FAILED, FINISHED, STOPPED
 from raygpt.storage import Folder, patiently, reason_of
-from raygpt.train import cluster, state
+from raygpt.train import cluster, processes, state
 from raygpt.train.chronicle import Chronicler
 from raygpt.train.console import Follower, say, table
 from raygpt.train.control import start_control
@@ -63,7 +63,7 @@ def run(config: Config, dry_run: bool = False, began: float | None = None) -> No
         _conclude(job, console, began, Chronicler(job, rows, warn))
         return
     say(console, "connecting to Ray ...")
-    cluster.connect()
+    started = cluster.connect()
     job = replace(job, config=replace(job.config, scale=cluster.fit_scale(job.config.scale)))
     scale = job.config.scale
     say(
@@ -71,13 +71,15 @@ def run(config: Config, dry_run: bool = False, began: float | None = None) -> No
         f"asking for {scale.workers} workers of {scale.cpus_per_worker:g} CPUs and "
         f"{scale.gpus_per_worker} GPUs ...",
     )
+    if started:
+        processes.start_ahead(scale.max_workers)
     control = start_control(job.run, began)
     job.run.write_bytes(CONFIG, json.dumps(job.settings(), indent=1).encode())
     chronicler = Chronicler(job, rows, warn)
     follower = Follower(job.run, console, step, config.train.steps, config.train.log_every)
     try:
         with follower, chronicler:
-            stopped_by = fit(job, control, warn)
+            stopped_by = fit(job, control, warn, spares=not started)
     except Exception as error:
         chronicler.close(FAILED, reason_of(error))
         raise

@@ -27,7 +27,7 @@ from raygpt import device as devices
 from raygpt.data.stream import READER_CPUS, StreamConfig, window_dataset
 from raygpt.runs.accounts import SCHEDULE
 from raygpt.storage import Folder, patiently
-from raygpt.train import cluster, state
+from raygpt.train import cluster, processes, state
 from raygpt.train.callbacks import Farewell, Judge, NoSnapshots, Timekeeper, find_user_error
 from raygpt.train.job import Job
 from raygpt.train.machines import LivingMachines
@@ -39,14 +39,6 @@ _DONE = 0
 """No signal has this number."""
 _NO_MORE = ""
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
-_RAY_SETTINGS = {
-    # Defaults of Ray in parentheses.  A user's own settings of these variables go first.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # (2) how soon a lost worker is noticed
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # (5) how soon a drained node is
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # (60) waiting for a node that is gone
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20",  # (600) a worker out of reach is given up
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # (30) for workers that hang
-}
 
 
 def _window_dataset(job: Job, control: Any) -> Dataset:
@@ -60,19 +52,18 @@ def _window_dataset(job: Job, control: Any) -> Dataset:
     return window_dataset(job.plan, segments_from(job, start), job.token_bytes, readers)
 
 
-def fit(job: Job, control: Any, tell: Callable[[str], None]) -> int | None:
+def fit(job: Job, control: Any, tell: Callable[[str], None], spares: bool) -> int | None:
     """Run the workers; returns the signal that stopped them before the end, if one did.
 
     Args:
         control: the driver's Control actor.
         tell: shows a text to the person who waits.
+        spares: keep a process ready for each worker of the next group.
 
     Raises:
         UserError: a worker met one.
         ray.train.TrainingFailedError: anything else that restarts did not cure.
     """
-    for name, value in _RAY_SETTINGS.items():
-        os.environ.setdefault(name, value)
     if cluster.has_dashboard():  # whose page of runs costs one more process
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     # Ray Train would insist that all checkpoints of its own list are still there.
@@ -80,7 +71,7 @@ def fit(job: Job, control: Any, tell: Callable[[str], None]) -> int | None:
     control.mark.remote(SCHEDULE, time.time())
     hearing = threading.Thread(target=_hear, args=(control, tell), name="hear", daemon=True)
     hearing.start()
-    trainer = _trainer(job, control)
+    trainer = _trainer(job, control, spares)
     stopped_by = None
     with _signals() as signals, ThreadPoolExecutor(1, "fit") as executor:
         # Not in the main thread, where Ray would put its own handler for Ctrl-C.
@@ -112,7 +103,7 @@ class _Trainer(TorchTrainer):
         return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
 
-def _trainer(job: Job, control: Any) -> TorchTrainer:
+def _trainer(job: Job, control: Any, spares: bool) -> TorchTrainer:
     config, scale = job.config, job.config.scale
     elastic = scale.min_workers < scale.max_workers
     workers = (scale.min_workers, scale.max_workers) if elastic else scale.max_workers
@@ -120,7 +111,7 @@ def _trainer(job: Job, control: Any) -> TorchTrainer:
     device = torch.device("cuda" if gpus else "cpu")
     return _Trainer(
         train_worker,
-        train_loop_config={"job": job, "control": control},
+        train_loop_config={"job": job, "control": control, "spares": spares},
         torch_config=TorchConfig(backend=devices.backend(device)),
         scaling_config=ray.train.ScalingConfig(  # typed as that of Ray Train's first version
             num_workers=workers,  # type: ignore[arg-type]
@@ -135,6 +126,7 @@ def _trainer(job: Job, control: Any) -> TorchTrainer:
             name=config.run.name,
             storage_path=Folder.from_path(config.run.storage).uri,
             failure_config=ray.train.FailureConfig(max_failures=-1),
+            worker_runtime_env={"env_vars": processes.environment()},  # type: ignore[call-arg]
             callbacks=[
                 NoSnapshots(),  # type: ignore[list-item]
                 Timekeeper(control),  # type: ignore[list-item]

@@ -31,6 +31,7 @@ from raygpt.train.control import STOP, Listener, MakeWay
 from raygpt.train.gauges import Gauges
 from raygpt.train.host import check_reachable, gather_machines
 from raygpt.train.job import Job
+from raygpt.train.processes import start_spare
 from raygpt.train.progress import RunLog, StepRecord
 from raygpt.train.records import Recorder
 from raygpt.train.reduce import data_parallel
@@ -53,10 +54,11 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Train from the latest checkpoint to the end, or until asked to leave.
 
     Args:
-        settings: ``job``, the :class:`Job`, and ``control``, the driver's Control actor.
+        settings: ``job``, the :class:`Job`, ``control``, the driver's Control actor, and
+            ``spares``, whether a process shall be ready for each worker of the next group.
     """
     began = time.time()
-    worker = Worker(settings["job"], Listener(settings["control"]), began)
+    worker = Worker(settings["job"], Listener(settings["control"]), settings["spares"], began)
     try:
         worker.train()
     except (UserError, MakeWay):
@@ -70,8 +72,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 class Worker:
     """Model, optimizer, data and logs of one worker process."""
 
-    def __init__(self, job: Job, listener: Listener, began: float) -> None:
-        self.job, self.config, self.listener = job, job.config, listener
+    def __init__(self, job: Job, listener: Listener, spares: bool, began: float) -> None:
+        self.job, self.config, self.listener, self.spares = job, job.config, listener, spares
         config, context = job.config, ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         check_reachable(job.run, config.run.storage_patience, listener.say)
@@ -379,6 +381,8 @@ class Worker:
             marks: Any = ray.get(self.listener.control.marks.remote())
             record.metrics["restart_ms"] = restart_ms(marks, self.log.last_kept, self.log.lost, now)
             self._mark(TRAIN, now)
+        if not self.trained and self.spares:
+            threading.Thread(target=start_spare, name="spare", daemon=True).start()
         self.trained = True
         return record
 

@@ -1,0 +1,89 @@
+"""The processes that workers run in: their environment, and that they are there in time.
+
+A process takes seconds until it can train, nearly all of them to import torch and Ray Train.  Ray
+keeps idle processes, and gives one to a worker whose runtime environment is the same to the last
+character.  So processes are started ahead: for the first group where this driver started Ray
+itself, beside all else that starts then; on a cluster, once a group trains, one spare for each of
+its workers, for the group that follows when a machine is lost.
+
+What it gives up: to be independent of Ray's insides.  Should they change, the processes lie idle
+and workers start as slowly as without them.
+"""
+
+import json
+import os
+from importlib import import_module
+from typing import Any
+
+import ray
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+
+_MALLOC = {
+    # Kernels allocate and free the same sizes in each step.  Left alone, glibc hands large ones
+    # back to the kernel, which fills fresh pages with zeros the next time: up to 10 % of a step.
+    "mmap_threshold": 2**30,
+    "trim_threshold": 2**32,
+    "top_pad": 2**24,
+    "arena_max": 1,  # the training thread would have heaps of its own, of 64 MiB
+    "hugetlb": 1,
+}
+_ENVIRONMENT = {
+    "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in _MALLOC.items()),
+    WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.import_all",
+}
+_SPARE_SECONDS = 30 * 24 * 3600
+_ASK_SECONDS = 10.0
+
+
+def environment() -> dict[str, str]:
+    """Environment variables of the processes of workers; a user's own values go first."""
+    ours = {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()}
+    # What Ray Train would add, so that all is known here.
+    added = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", **get_env_vars_to_propagate()}
+    return {**added, **ours}
+
+
+def import_all() -> None:
+    """What a worker needs before it can train; Ray calls it in a new process."""
+    import_module("raygpt.train.fit")
+    import_module("torch._dynamo")  # which torch's optimizers ask for, even if nothing is compiled
+
+
+def start_ahead(count: int) -> None:
+    """Start what the first group will ask for on the driver's node: so many workers' processes,
+    and the actor that Ray Train asks for room."""
+    runtime_env: dict[str, Any] = dict(ray.get_runtime_context().runtime_env)
+    runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **environment()}
+    # As Ray's C++ writes what it merges.
+    _start(json.dumps(runtime_env, sort_keys=True, separators=(",", ":")), count)
+    get_or_create_autoscaling_coordinator()
+
+
+def start_spare() -> None:
+    """Start a process like this worker's own on its node, for a worker of a later group."""
+    _start(ray.get_runtime_context().get_runtime_env_string(), 1)
+
+
+def _start(runtime_env: str, count: int) -> None:
+    context = ray.get_runtime_context()
+    node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    request = node_manager_pb2.PrestartWorkersRequest(  # type: ignore[attr-defined]
+        language=common_pb2.Language.PYTHON,  # type: ignore[attr-defined]
+        job_id=bytes.fromhex(context.get_job_id()),
+        num_workers=count,
+        keep_alive_duration_secs=_SPARE_SECONDS,
+    )
+    request.runtime_env_info.serialized_runtime_env = runtime_env
+    request.runtime_env_info.runtime_env_config.setup_timeout_seconds = 600
+    request.runtime_env_info.runtime_env_config.eager_install = True
+    address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+    with init_grpc_channel(address) as channel:
+        stub = node_manager_pb2_grpc.NodeManagerServiceStub(channel)
+        stub.PrestartWorkers(request, timeout=_ASK_SECONDS)

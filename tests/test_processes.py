@@ -1,0 +1,85 @@
+"""Workers get processes that were started ahead; a new release of Ray may change that."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from raygpt.train.processes import environment, import_all, start_ahead, start_spare
+
+MODULES = ["torch._dynamo", "raygpt.train.worker"]
+
+
+def train(folder: Path, name: str) -> dict[str, Any]:
+    """What the one worker of a Ray Train job tells: its process, and what that had imported."""
+    file = folder / f"{name}.json"
+
+    def tell() -> None:  # goes to the worker by value, since tests are no package
+        told = {
+            "process": os.getpid(),
+            "imported": [name for name in MODULES if name in sys.modules],
+            "tunables": os.environ["GLIBC_TUNABLES"],
+        }
+        file.write_text(json.dumps(told))
+        start_spare()
+
+    TorchTrainer(
+        tell,
+        scaling_config=ray.train.ScalingConfig(num_workers=1),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(folder),
+            worker_runtime_env={"env_vars": environment()},  # type: ignore[call-arg]
+        ),
+    ).fit()
+    told: dict[str, Any] = json.loads(file.read_text())
+    return told
+
+
+def idle() -> set[int]:
+    """Processes that Ray has given to nobody yet."""
+    return {
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if (process.info["cmdline"] or [""])[0].startswith("ray::IDLE")
+    }
+
+
+def wait_for_idle(known: set[int]) -> int:
+    """The process that lies idle and is not known, once there is one."""
+    deadline = time.monotonic() + 60
+    while not idle() - known:
+        assert time.monotonic() < deadline, "no process was started ahead"
+        time.sleep(0.1)
+    (process,) = idle() - known
+    return process
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_workers_get_the_processes_that_were_started_ahead(tmp_path: Path) -> None:
+    known = idle()
+    start_ahead(1)
+    ahead = wait_for_idle(known)
+    first = train(tmp_path, "first")
+    assert first["process"] == ahead
+    assert first["imported"] == MODULES
+    assert first["tunables"] == environment()["GLIBC_TUNABLES"]
+    spare = wait_for_idle(known)
+    assert train(tmp_path, "second")["process"] == spare
+
+
+def test_an_environment_of_ones_own_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    assert environment()["GLIBC_TUNABLES"] == "glibc.malloc.check=1"
+
+
+def test_what_is_imported_ahead_is_there() -> None:
+    import_all()
+    assert all(name in sys.modules for name in MODULES)
