@@ -26,10 +26,10 @@ from raygpt.model import GPT
 from raygpt.optim import build_optimizer
 from raygpt.storage import Folder
 from raygpt.train import state
+from raygpt.train.checkpoints import Position
 from raygpt.train.progress import RunLog
 from raygpt.train.reduce import data_parallel
 from raygpt.train.saver import Saver
-from raygpt.train.state import Position
 from raygpt.train.step import Stepper
 
 MODELS = {

@@ -70,8 +70,8 @@ class Sides:
             tokens = load_tokenizer(case.tokenizer).encode(file.read_text())
         np.array(tokens, np.uint16).tofile(folder / "tokens.bin")
 
-    def ours(self) -> float:
-        """Tokens a second."""
+    def ours(self) -> list[float]:
+        """Unix times at which steps ended."""
         case, self._runs = self._case, self._runs + 1
         model = [f"--model.{name}={value}" for name, value in asdict(case.model).items()]
         tokens = case.windows * case.model.block_size
@@ -86,10 +86,10 @@ class Sides:
             *(f"--scale.workers={case.workers}", f"--scale.threads={case.threads}"),
         )
         lines = (self._folder / str(self._runs) / "metrics.jsonl").read_text().splitlines()
-        return self._speed([json.loads(line)["time"] for line in lines])
+        return [json.loads(line)["time"] for line in lines]
 
-    def plain(self) -> float:
-        """Tokens a second."""
+    def plain(self) -> list[float]:
+        """Unix times at which steps ended."""
         case = self._case
         settings = {
             "model": asdict(case.model),
@@ -106,18 +106,21 @@ class Sides:
             *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={case.workers}"),
             *("benchmarks/plain_ddp.py", str(file)),
         )
-        return self._speed(json.loads((self._folder / "times.json").read_text()))
-
-    def _speed(self, times: list[float]) -> float:
-        warm = times[self._case.warm_up :]
-        tokens = self._case.windows * self._case.model.block_size
-        return tokens * (len(warm) - 1) / (warm[-1] - warm[0])
+        times: list[float] = json.loads((self._folder / "times.json").read_text())
+        return times
 
     def _call(self, *command: str) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stdout + done.stderr)
+
+
+def speed(case: Case, times: list[float]) -> float:
+    """Tokens a second, once it is warm."""
+    warm = times[case.warm_up :]
+    tokens = case.windows * case.model.block_size
+    return tokens * (len(warm) - 1) / (warm[-1] - warm[0])
 
 
 def main() -> None:
@@ -132,7 +135,7 @@ def main() -> None:
             sides = Sides(CASES[name], Path(folder))
             speeds: tuple[list[float], list[float]] = ([], [])
             for side in turns(2, asked):
-                speeds[side].append((sides.ours, sides.plain)[side]())
+                speeds[side].append(speed(CASES[name], (sides.ours, sides.plain)[side]()))
         ours, plain = (statistics.median(speed) for speed in speeds)
         print(
             f"{name}: raygpt {ours:,.0f} tokens/s, plain DDP {plain:,.0f}, ratio {ratio(*speeds)}",

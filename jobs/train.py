@@ -10,13 +10,12 @@ import time
 
 from raygpt.cli import run_job
 from raygpt.settings import load_settings
+from raygpt.train.driver import run
 
 
 def main() -> None:
     began = time.time()
     config, dry_run = load_settings(sys.argv[1:], __doc__)
-    from raygpt.train.driver import run  # torch and Ray take seconds to import; mistakes need not
-
     run(config, dry_run, began)
 
 

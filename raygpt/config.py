@@ -20,6 +20,8 @@ from raygpt.errors import UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
 EMBEDDED_CORPUS = "embedded"
+READER_CPUS = 0.1
+"""CPU share of a read task, out of a worker's."""
 
 
 def _positive(section: str, **values: float) -> None:
@@ -217,6 +219,12 @@ class ScaleConfig:
         if self.gpus_per_worker not in (None, 0, 1):
             raise UserError(f"scale.gpus_per_worker must be 0 or 1, got {self.gpus_per_worker}")
         _positive("scale", cpus_per_worker=self.cpus_per_worker, threads=self.threads)
+
+        if self.cpus_per_worker <= READER_CPUS:
+            raise UserError(
+                f"scale.cpus_per_worker {self.cpus_per_worker:g} must be above {READER_CPUS}, the "
+                "share that reading takes"
+            )
         parts = self.workers.split(":")
         if len(parts) > 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
             raise UserError(f"scale.workers must be N or MIN:MAX, got {self.workers!r}")

@@ -22,9 +22,10 @@ from raygpt.data.reader import WindowReader
 from raygpt.model import GPT
 from raygpt.optim import build_optimizer
 from raygpt.storage import Folder
+from raygpt.train.checkpoints import Position
 from raygpt.train.job import resolve
 from raygpt.train.progress import RunLog, StepRecord
-from raygpt.train.state import Position, save
+from raygpt.train.state import save
 
 T, LANES, STEPS = 64, 2, 30
 Windows = dict[tuple[int, int], np.ndarray]

@@ -11,15 +11,15 @@ from raygpt.config import Config, ModelConfig, OptimConfig, to_dict
 from raygpt.model import GPT
 from raygpt.optim import build_optimizer
 from raygpt.storage import Folder
-from raygpt.train.state import (
+from raygpt.train.checkpoints import (
     PASSED_OVER,
     Checkpoint,
     DamagedCheckpoint,
     Position,
     checkpoint_name,
     latest,
-    save,
 )
+from raygpt.train.state import save, verify
 
 CONFIG = Config(
     model=ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=264),
@@ -69,7 +69,7 @@ class Run:
             found = latest(self.folder, said.append, damaged)
             try:
                 if found is not None:
-                    found.verify()
+                    verify(found)
                 return found, said
             except DamagedCheckpoint as error:
                 assert found is not None

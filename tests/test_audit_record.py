@@ -11,7 +11,7 @@ from audited import run as run
 from helpers import WEIGHTS_FILE
 
 from raygpt.runs.files import LEDGER, METRICS
-from raygpt.train.state import METADATA, checkpoint_name
+from raygpt.train.checkpoints import METADATA, checkpoint_name
 
 # --- steps lost, missing, twice
 

@@ -17,7 +17,7 @@ from raygpt.audit.words import ranges
 from raygpt.data.corpus import MANIFEST, _chunk_hash, open_corpus
 from raygpt.data.order import DataOrder
 from raygpt.data.reader import WindowReader
-from raygpt.train.state import checkpoint_name
+from raygpt.train.checkpoints import checkpoint_name
 
 # --- data that changed since
 

@@ -13,8 +13,8 @@ from raygpt.errors import UserError
 from raygpt.storage import Folder, StorageError
 from raygpt.train import callbacks
 from raygpt.train.callbacks import Farewell, Judge, find_user_error
+from raygpt.train.checkpoints import METADATA, checkpoint_name
 from raygpt.train.control import MakeWay
-from raygpt.train.state import METADATA, checkpoint_name
 
 
 class Wrapped(Exception):

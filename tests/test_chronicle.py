@@ -19,8 +19,8 @@ from raygpt.model import GPT
 from raygpt.optim import build_optimizer
 from raygpt.runs.files import REPORT, SAMPLES
 from raygpt.runs.history import parse_samples
+from raygpt.train import checkpoints, state
 from raygpt.train import chronicle as chronicle_module
-from raygpt.train import state
 from raygpt.train.chronicle import Chronicler
 from raygpt.train.job import Job, resolve
 from raygpt.train.progress import RunLog
@@ -39,7 +39,7 @@ def save(job: Job, step: int) -> None:
     torch.manual_seed(step)
     model = GPT(job.config.model, job.n_vocab)
     optimizer = build_optimizer(model, job.config.optim)
-    state.save(job.run, state.Position(step=step), model, optimizer, job.metadata())
+    state.save(job.run, checkpoints.Position(step=step), model, optimizer, job.metadata())
 
 
 def wait(condition: Callable[[], bool]) -> None:
@@ -77,13 +77,13 @@ def test_a_checkpoint_that_is_gone_is_not_sampled(job: Job) -> None:
     save(job, 5)
     sampler = Chronicler(job, {}, lambda _: None).samples
     assert sampler.add(4) == "" and sampler.add(5) != ""
-    (job.run.child(state.checkpoint_name(5))).delete()
+    (job.run.child(checkpoints.checkpoint_name(5))).delete()
     assert sampler.add(5) != ""  # known from before
 
 
 def test_a_damaged_checkpoint_is_said_instead_of_sampled(job: Job) -> None:
     save(job, 5)
-    flip_a_bit(Path(job.run.path) / state.checkpoint_name(5) / WEIGHTS_FILE)
+    flip_a_bit(Path(job.run.path) / checkpoints.checkpoint_name(5) / WEIGHTS_FILE)
     said: list[str] = []
     log = RunLog(job.run, 0)
     with Chronicler(job, {}, said.append):
@@ -101,7 +101,7 @@ def test_an_earlier_checkpoint_is_left_to_the_workers(job: Job) -> None:
     """They check it before they train on, and say what is wrong; a sample of it would say it
     twice."""
     save(job, 5)
-    flip_a_bit(Path(job.run.path) / state.checkpoint_name(5) / WEIGHTS_FILE)
+    flip_a_bit(Path(job.run.path) / checkpoints.checkpoint_name(5) / WEIGHTS_FILE)
     save(job, 4)
     said: list[str] = []
     earlier = RunLog(job.run, 0)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from raygpt.config import ModelConfig
-from raygpt.model import GPT, flops_per_token, num_params
+from raygpt.model import GPT
+from raygpt.sizes import flops_per_token, num_params
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=32)
 

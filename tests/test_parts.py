@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from raygpt.errors import UserError
 from raygpt.train import parts as parts_module
+from raygpt.train.checkpoints import METADATA, is_whole_set, open_checkpoint
 from raygpt.train.parts import Part, Snapshots, cut_into_parts, share_of
-from raygpt.train.state import METADATA, load_model, open_checkpoint, restore
+from raygpt.train.state import load_model, restore
 
 SMALL = 4096
 """With files of so many bytes the tiny model needs several; some of its tensors are larger."""
@@ -89,8 +90,8 @@ def test_names_say_how_many_there_are(trained: Run) -> None:
         assert mine == [
             f"{kind}-{i + 1:05d}-of-{len(mine):05d}.safetensors" for i in range(len(mine))
         ]
-    assert parts_module.is_whole_set(files)
-    assert not parts_module.is_whole_set(files[:-1])
+    assert is_whole_set(files)
+    assert not is_whole_set(files[:-1])
 
 
 @pytest.mark.parametrize("world_size", range(1, 9))

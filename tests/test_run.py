@@ -24,7 +24,7 @@ from raygpt.runs.files import EVENTS, read_json_lines
 from raygpt.runs.history import parse_samples
 from raygpt.settings import load_settings
 from raygpt.storage import Folder
-from raygpt.train.state import METADATA, checkpoint_name, steps_of
+from raygpt.train.checkpoints import METADATA, checkpoint_name, steps_of
 
 STEPS = 300
 SETTINGS = f"""

@@ -15,7 +15,8 @@ from troubled import EVERY, STEPS, Reference, finish, wait_for
 
 from raygpt.runs.files import METRICS
 from raygpt.storage import Folder, StorageError, patiently
-from raygpt.train.state import open_checkpoint, prune, restore, steps_of
+from raygpt.train.checkpoints import open_checkpoint, prune, steps_of
+from raygpt.train.state import restore
 
 AWAY_SECONDS = 8.0
 """Longer than pyarrow itself tries to reach a store that refuses connections, which is 6 s."""

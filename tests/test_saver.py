@@ -18,11 +18,12 @@ from saved import SETTINGS, Run
 
 from raygpt.runs.files import EVENTS, METRICS, read_json_lines
 from raygpt.storage import Folder, StorageError
-from raygpt.train import parts, state
+from raygpt.train import checkpoints, parts, state
+from raygpt.train.checkpoints import METADATA, Checkpoint, Position, checkpoint_name, is_finished
 from raygpt.train.parts import Snapshots
 from raygpt.train.progress import RunLog
 from raygpt.train.saver import Saver
-from raygpt.train.state import METADATA, Checkpoint, Position, checkpoint_name, is_finished, save
+from raygpt.train.state import save
 
 PART_BYTES = 8192
 """So small that there is a file or more for each of three workers."""
@@ -100,9 +101,9 @@ def three_in_a_row(path: Path, reference: Path) -> tuple[list[Saved], list[list[
         patch.setattr(parts, "PART_BYTES", PART_BYTES)
         worker = Worker(path)
         written: list[list[str]] = []
-        write_file = state.write_file
+        write_file = checkpoints.write_file
 
-        def write(folder: Folder, name: str, data: memoryview) -> state.FileEntry:
+        def write(folder: Folder, name: str, data: memoryview) -> checkpoints.FileEntry:
             written[-1].append(name)
             return write_file(folder, name, data)
 
@@ -178,13 +179,13 @@ def test_workers_write_what_one_process_would(played: Played) -> None:
     """Byte for byte, though the weights changed as soon as they were copied; each file once."""
     run, reference = played.folder / "row", played.folder / "row-reference"
     results = [row for row, _ in played.results]
-    assert state.steps_of(Folder.from_path(str(run))) == [2, 3]  # older ones are deleted
+    assert checkpoints.steps_of(Folder.from_path(str(run))) == [2, 3]  # older ones are deleted
     for step in (2, 3):
         expected = contents(reference, step)
         assert len(expected) > 3
         assert contents(run, step) == expected
     messages: list[str] = []
-    found = state.latest(Folder.from_path(str(run)), messages.append)
+    found = checkpoints.latest(Folder.from_path(str(run)), messages.append)
     assert found is not None and found.position == Position(step=3) and not messages
 
     for number in range(3):
@@ -315,7 +316,7 @@ def test_a_refusal_for_good_ends_training_there_and_nothing_counts(
     for rank in set(range(world_size)) - {refuser}:
         assert raised[rank] != "nothing" and "StorageError" not in raised[rank]
     assert not (tmp_path / checkpoint_name(1) / METADATA).exists()
-    assert state.latest(Folder.from_path(str(tmp_path))) is None
+    assert checkpoints.latest(Folder.from_path(str(tmp_path))) is None
 
 
 def without_room(path: Path) -> list[str]:

@@ -14,19 +14,18 @@ from saved import run as run
 
 from raygpt.errors import UserError
 from raygpt.storage import Folder
-from raygpt.train.state import (
+from raygpt.train.checkpoints import (
     METADATA,
     DamagedCheckpoint,
     Position,
     _content_sha256,
     checkpoint_name,
     latest,
-    load_model,
     open_checkpoint,
     prune,
-    restore,
     steps_of,
 )
+from raygpt.train.state import load_model, restore
 
 FILES = [METADATA, WEIGHTS_FILE, OPTIMIZER_FILE]
 

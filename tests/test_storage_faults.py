@@ -19,14 +19,9 @@ from saved import Run
 from raygpt.runs.files import EVENTS, LEDGER, METRICS, read_json_lines
 from raygpt.storage import Folder, StorageError
 from raygpt.train import progress
+from raygpt.train.checkpoints import METADATA, open_checkpoint, prune, steps_of
 from raygpt.train.progress import JsonLines, RunLog
-from raygpt.train.state import (
-    METADATA,
-    open_checkpoint,
-    prune,
-    restore,
-    steps_of,
-)
+from raygpt.train.state import restore
 
 EVERY = 10
 STEPS = (EVERY, 2 * EVERY, 3 * EVERY)

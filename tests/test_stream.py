@@ -15,12 +15,12 @@ import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raygpt.config import READER_CPUS
 from raygpt.data import stream
 from raygpt.data.corpus import Corpus
 from raygpt.data.order import Segments
 from raygpt.data.reader import ReadPlan, WindowReader
 from raygpt.data.stream import (
-    READER_CPUS,
     StepWindows,
     StreamConfig,
     StreamError,

@@ -16,9 +16,10 @@ from torch import nn
 
 from raygpt.config import ModelConfig
 from raygpt.data.corpus import Corpus
+from raygpt.data.reader import validation_windows
 from raygpt.model import GPT
 from raygpt.train import validation
-from raygpt.train.validation import Validation, validation_windows
+from raygpt.train.validation import Validation
 
 T = 16
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=T, vocab_size=264)

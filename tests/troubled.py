@@ -12,7 +12,7 @@ from head import Head
 from raygpt.data.prepare import prepare
 from raygpt.runs.files import EVENTS, LEDGER, METRICS, read_json_lines
 from raygpt.storage import Folder
-from raygpt.train import state
+from raygpt.train import checkpoints
 
 STEPS, EVERY = 240, 60
 SETTINGS = f"""
@@ -51,11 +51,11 @@ class Run:
         return [event for event in self.rows(EVENTS) if event["kind"] == kind]
 
     def has_checkpoint(self, step: int) -> bool:
-        return state.is_finished(self.folder, step)
+        return checkpoints.is_finished(self.folder, step)
 
     def result(self) -> Result:
         """Hash of the final weights, and what metrics.jsonl says of the training."""
-        found = state.latest(self.folder)
+        found = checkpoints.latest(self.folder)
         assert found is not None and found.position.step == STEPS
         rows = self.rows()
         trained = [{key: row[key] for key in TRAINED if key in row} for row in rows]

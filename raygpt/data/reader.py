@@ -109,3 +109,9 @@ def cut(tokens: np.ndarray, windows: np.ndarray, block_size: int) -> np.ndarray:
 def shared_reader(plan: ReadPlan) -> WindowReader:
     """The reader of this process: read tasks that follow each other keep its tables."""
     return WindowReader(plan)
+
+
+def validation_windows(corpus: Corpus, block_size: int, tokens: int) -> int:
+    """Windows of the fixed set: those of the split, as far as ``tokens`` targets need them."""
+    found = sum(windows_in(chunk.tokens, block_size) for chunk in corpus.chunks("val"))
+    return min(found, -(-tokens // block_size))

@@ -22,11 +22,10 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.train import DataConfig
 
+from raygpt.config import READER_CPUS
 from raygpt.data.order import Segments
 from raygpt.data.reader import ReadPlan, WindowReader, shared_reader
 
-READER_CPUS = 0.1
-"""CPU share of a read task; the driver sees that the cluster has it beside the workers."""
 PREFETCH_BLOCKS = 2
 _SCHEMA = pa.schema(
     [("lane", pa.int64()), ("first_step", pa.int64()), ("windows", pa.large_binary())]

@@ -29,7 +29,7 @@ from ray.train.v2._internal.execution.worker_group import (
 from raygpt.errors import UserError
 from raygpt.runs.accounts import SCHEDULE, START
 from raygpt.storage import Folder, StorageError, patiently, reason_of
-from raygpt.train import state
+from raygpt.train import checkpoints
 from raygpt.train.control import MakeWay
 
 logger = logging.getLogger("ray.train")
@@ -66,7 +66,7 @@ class Judge(WorkerGroupCallback):
         self._steps: list[int] = []
 
     def before_worker_group_start(self, worker_group_context: WorkerGroupContext) -> None:
-        steps = patiently(lambda: state.steps_of(self._run), self._patience)
+        steps = patiently(lambda: checkpoints.steps_of(self._run), self._patience)
         self._starts = self._starts + 1 if steps == self._steps else 1
         self._steps = steps
         if self._starts > MAX_STARTS_WITHOUT_A_CHECKPOINT and self._error is not None:
@@ -168,12 +168,12 @@ class Farewell(ControllerCallback, WorkerGroupCallback):
     def before_controller_execute_resize_decision(self, resize_decision: ResizeDecision) -> None:
         if not self._resizing or self._group is None:
             return  # there is no group to ask
-        newest = max(patiently(lambda: state.steps_of(self._run), self._patience), default=0)
+        newest = max(patiently(lambda: checkpoints.steps_of(self._run), self._patience), default=0)
         ray.get(self._control.request.remote("make_way"), timeout=CHECKPOINT_SECONDS)
         deadline = time.monotonic() + CHECKPOINT_SECONDS
         while time.monotonic() < deadline:
             with contextlib.suppress(StorageError):  # the workers, too, try it again
-                if state.is_newer(self._run, newest):
+                if checkpoints.is_newer(self._run, newest):
                     return
             if self._group.poll_status(timeout=1.0).errors:
                 return  # it has left, or broke meanwhile: what is left of it saves its state

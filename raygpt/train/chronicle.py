@@ -13,12 +13,12 @@ from functools import partial
 from raygpt.data.tokenizer import load_tokenizer
 from raygpt.errors import UserError
 from raygpt.generate import sample_text
-from raygpt.model import num_params
 from raygpt.runs.files import REPORT, SAMPLES
 from raygpt.runs.history import RUNNING, History
 from raygpt.runs.report import Facts, render_report
+from raygpt.sizes import num_params
 from raygpt.storage import reason_of
-from raygpt.train import state
+from raygpt.train import checkpoints, state
 from raygpt.train.job import Job
 from raygpt.train.trackers import start_trackers
 
@@ -131,9 +131,9 @@ class Sampler:
     def _sample(self, step: int) -> str:
         train = self._job.config.train
         try:
-            loaded = state.load_model(self._job.run.child(state.checkpoint_name(step)).uri)
+            loaded = state.load_model(self._job.run.child(checkpoints.checkpoint_name(step)).uri)
         except UserError:
-            if state.is_finished(self._job.run, step):
+            if checkpoints.is_finished(self._job.run, step):
                 raise
             return ""  # a newer one has taken its place
         tokenizer = load_tokenizer(loaded.tokenizer_name)

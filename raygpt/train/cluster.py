@@ -18,7 +18,6 @@ from ray._private.worker import get_dashboard_url
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from raygpt.config import ScaleConfig
-from raygpt.data.stream import READER_CPUS
 from raygpt.errors import UserError
 from raygpt.train import growth
 from raygpt.train.growth import Shape
@@ -36,6 +35,8 @@ _LOCAL_SETTINGS = {
     # Of a Ray that is started here, for this job alone.
     "RAY_worker_niceness": "0",  # (15) its helpers would go before what trains
     "RAY_prestart_worker_first_driver": "0",  # (1) processes that no worker can use
+    # (the CPUs) how many processes may start at once
+    "RAY_worker_maximum_startup_concurrency": str(max(8, os.cpu_count() or 1)),
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # (1) nobody drains this machine
 }
 
@@ -107,11 +108,6 @@ def fit_scale(scale: ScaleConfig) -> ScaleConfig:
     Raises:
         UserError: the cluster is too small; says what it has.
     """
-    if scale.cpus_per_worker <= READER_CPUS:
-        raise UserError(
-            f"scale.cpus_per_worker {scale.cpus_per_worker:g} must be above {READER_CPUS}, the "
-            "share that reading takes"
-        )
     shapes: list[Shape] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     grows = growth.can_grow()
     largest = growth.largest_cluster() if grows else None

@@ -1,25 +1,21 @@
-"""The driver: checks everything, starts the Ray Train job, shows it, says what came out."""
+"""The driver: checks everything, connects to Ray, and hands over to ``lead.py``.
 
-import json
-import sys
+Torch and Ray take seconds to import, which a mistake need not wait for: so they are imported once
+all is checked, torch while Ray starts.
+"""
+
 import time
 from collections.abc import Container
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from importlib import import_module
 
 from rich.console import Console
 
 from raygpt.config import Config
-from raygpt.errors import UserError
-from raygpt.runs.accounts import Accounts
-from raygpt.runs.files import CONFIG, METRICS, REPORT, TENSORBOARD, read_json_lines
-from raygpt.runs.history import FAILED, FINISHED, STOPPED
-from raygpt.storage import Folder, patiently, reason_of
-from raygpt.train import cluster, processes, state
-from raygpt.train.chronicle import Chronicler
-from raygpt.train.console import Follower, say, table
-from raygpt.train.control import start_control
-from raygpt.train.fit import fit
+from raygpt.storage import Folder
+from raygpt.train import checkpoints
+from raygpt.train.console import say, table
 from raygpt.train.job import (
     Job,
     check_identity,
@@ -60,35 +56,20 @@ def run(config: Config, dry_run: bool = False, began: float | None = None) -> No
     step = checkpoint.position.step if checkpoint else 0
     if step >= config.train.steps:
         say(console, f"{job.run} is finished: all {step:,} steps are done")
-        _conclude(job, console, began, Chronicler(job, rows, warn))
+        from raygpt.train import lead
+
+        lead.conclude(job, console, began, rows, warn)
         return
     say(console, "connecting to Ray ...")
-    started = cluster.connect()
+    from raygpt.train import cluster
+
+    with ThreadPoolExecutor(1, "import") as executor:
+        executor.submit(import_module, "torch")
+        started = cluster.connect()
     job = replace(job, config=replace(job.config, scale=cluster.fit_scale(job.config.scale)))
-    scale = job.config.scale
-    say(
-        console,
-        f"asking for {scale.workers} workers of {scale.cpus_per_worker:g} CPUs and "
-        f"{scale.gpus_per_worker} GPUs ...",
-    )
-    if started:
-        processes.start_ahead(scale.max_workers)
-    control = start_control(job.run, began)
-    job.run.write_bytes(CONFIG, json.dumps(job.settings(), indent=1).encode())
-    chronicler = Chronicler(job, rows, warn)
-    follower = Follower(job.run, console, step, config.train.steps, config.train.log_every)
-    try:
-        with follower, chronicler:
-            stopped_by = fit(job, control, warn, spares=not started)
-    except Exception as error:
-        chronicler.close(FAILED, reason_of(error))
-        raise
-    if stopped_by is not None:
-        chronicler.close(STOPPED)
-        _say_accounts(job, console, began)
-        say(console, f"stopped; submit the run again, and it goes on: {job.run}")
-        sys.exit(128 + stopped_by)
-    _conclude(job, console, began, chronicler)
+    from raygpt.train import lead
+
+    lead.train(job, console, began, rows, warn, step, spares=not started)
 
 
 def _warn(console: Console, text: str, known: Container[str]) -> None:
@@ -96,7 +77,7 @@ def _warn(console: Console, text: str, known: Container[str]) -> None:
         say(console, f"warning: {text}")
 
 
-def _find_checkpoint(job: Job, console: Console) -> tuple[state.Checkpoint | None, list[str]]:
+def _find_checkpoint(job: Job, console: Console) -> tuple[checkpoints.Checkpoint | None, list[str]]:
     """The checkpoint to go on from, once it is sure that the run may go on; the warnings said."""
     said: list[str] = []
 
@@ -104,66 +85,7 @@ def _find_checkpoint(job: Job, console: Console) -> tuple[state.Checkpoint | Non
         _warn(console, text, said)
         said.append(text)
 
-    checkpoint = state.latest(job.run, warn)
+    checkpoint = checkpoints.latest(job.run, warn)
     if checkpoint is not None:
         check_identity(job, checkpoint.metadata["identity"])
     return checkpoint, said
-
-
-def _say_accounts(job: Job, console: Console, began: float) -> None:
-    """What this job's wall time went into."""
-    rows = [row for row in _metrics(job) if row.get("time", 0.0) >= began]
-    accounts = Accounts(rows)
-    accounts.close(time.time() - began)
-    total = sum(accounts.seconds.values())
-    shown = {
-        kind: f"{seconds:8.1f} s {seconds / total:6.1%}"
-        for kind, seconds in accounts.seconds.items()
-        if seconds >= 0.05
-    }
-    console.print(table("Where the time went", {**shown, "all": f"{total:8.1f} s"}))
-
-
-def _metrics(job: Job) -> list[dict[str, Any]]:
-    patience = job.config.run.storage_patience
-    return patiently(lambda: read_json_lines(job.run, METRICS), patience)
-
-
-def _conclude(job: Job, console: Console, began: float, chronicler: Chronicler) -> None:
-    """The tables at a run's end, and a sample."""
-    checkpoint = patiently(lambda: state.latest(job.run), job.config.run.storage_patience)
-    if checkpoint is None:
-        raise UserError(f"{job.run} has no finished checkpoint after training")
-    position = checkpoint.position
-    rows = _metrics(job)
-    in_steps = sum(row["step_ms"] for row in rows) / 1000
-    accounts = Accounts(rows)
-    seconds = sum(accounts.seconds.values())
-    result = {
-        "steps": f"{position.step:,}, {position.skipped} skipped",
-        "tokens": f"{position.tokens:,}",
-        "training loss": f"{rows[-1]['loss']:.6f}" if rows and rows[-1]["loss"] else "-",
-        "validation loss": _loss(position.val_loss),
-        "best validation loss": _loss(position.best_val_loss),
-        "time": f"{seconds:.1f} s, {in_steps:.1f} s of it in steps",
-        "tokens a second": f"{position.tokens / in_steps:,.0f} in steps, "
-        f"{position.tokens / seconds:,.0f} overall",
-        "goodput": f"{accounts.goodput:.1%} of the time in steps that count",
-        "weights sha256": checkpoint.weights_sha256,
-        "run": str(job.run),
-        "checkpoint": checkpoint.folder.split()[1],
-        "metrics": METRICS,
-        "report": REPORT,
-        "TensorBoard": f"tensorboard --logdir {job.run.child(TENSORBOARD)}",
-    }
-    text = chronicler.samples.add(position.step)
-    chronicler.close(FINISHED)
-    console.print(table("Result", result))
-    _say_accounts(job, console, began)
-    if text:
-        say(console, f"Sample at step {position.step}:")
-        say(console, text)
-
-
-def _loss(value: float | None) -> str:
-    return "-" if value is None else f"{value:.6f} nats a token"

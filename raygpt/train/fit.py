@@ -24,10 +24,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from raygpt import device as devices
-from raygpt.data.stream import READER_CPUS, StreamConfig, window_dataset
+from raygpt.config import READER_CPUS
+from raygpt.data.stream import StreamConfig, window_dataset
 from raygpt.runs.accounts import SCHEDULE
 from raygpt.storage import Folder, patiently
-from raygpt.train import cluster, processes, state
+from raygpt.train import checkpoints, cluster, processes
 from raygpt.train.callbacks import Farewell, Judge, NoSnapshots, Timekeeper, find_user_error
 from raygpt.train.job import Job
 from raygpt.train.machines import LivingMachines
@@ -45,7 +46,7 @@ def _window_dataset(job: Job, control: Any) -> Dataset:
     """The stream from the latest checkpoint on; runs whenever a group of workers starts."""
     damaged = ray.get(control.damaged.remote())
     checkpoint = patiently(
-        lambda: state.latest(job.run, damaged=damaged), job.config.run.storage_patience
+        lambda: checkpoints.latest(job.run, damaged=damaged), job.config.run.storage_patience
     )
     start = checkpoint.position.step if checkpoint else 0
     readers = max(2, job.config.scale.max_workers)  # each worker leaves room for one
@@ -89,7 +90,7 @@ def fit(job: Job, control: Any, tell: Callable[[str], None], spares: bool) -> in
         raise find_user_error(error) or error from None
     if error is not None:
         raise error
-    steps = patiently(lambda: state.steps_of(job.run), job.config.run.storage_patience)
+    steps = patiently(lambda: checkpoints.steps_of(job.run), job.config.run.storage_patience)
     finished = max(steps, default=0) >= job.config.train.steps
     return None if finished else stopped_by
 

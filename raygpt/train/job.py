@@ -14,12 +14,11 @@ from raygpt.config import EMBEDDED_CORPUS, Config, to_dict
 from raygpt.data.corpus import MANIFEST, Corpus, open_corpus
 from raygpt.data.order import BatchSchedule, windows_in
 from raygpt.data.prepare import prepare
-from raygpt.data.reader import ReadPlan
+from raygpt.data.reader import ReadPlan, validation_windows
 from raygpt.data.tokenizer import load_tokenizer
 from raygpt.errors import UserError
-from raygpt.model import num_params
+from raygpt.sizes import num_params
 from raygpt.storage import Folder
-from raygpt.train.validation import validation_windows
 
 _UPLOADED = "working_dir_files"
 """Part of the path at which Ray unpacks ``--working-dir`` on a node."""

@@ -7,17 +7,16 @@ lands where it lies in the file.
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from raygpt.train.checkpoints import OPTIMIZER, WEIGHTS, file_names
+
 PART_BYTES = 2**27
 """Tensors of a file, at most, unless one alone is larger; part of the format."""
-WEIGHTS, OPTIMIZER = "model", "optimizer"
-_FILE_NAME = re.compile(rf"({WEIGHTS}|{OPTIMIZER})(?:-[0-9]{{5}}-of-([0-9]{{5}}))?\.safetensors")
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
@@ -56,31 +55,13 @@ def share_of(parts: list[Part], rank: int, world_size: int) -> list[Part]:
     return share
 
 
-def is_whole_set(files: Iterable[str]) -> bool:
-    """Whether these are the names of all files of a state, and no others."""
-    counts: dict[str, int] = {}
-    for name in files:
-        match = _FILE_NAME.fullmatch(name)
-        if match is None:
-            return False
-        counts[match[1]] = int(match[2] or 1)
-    names = [name for kind in (WEIGHTS, OPTIMIZER) for name in _names(kind, counts.get(kind, 0))]
-    return len(counts) == 2 and set(names) == set(files)
-
-
-def _names(kind: str, count: int) -> list[str]:
-    if count == 1:
-        return [f"{kind}.safetensors"]
-    return [f"{kind}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-
-
 def _cut(kind: str, tensors: Mapping[str, Tensor]) -> list[Part]:
     groups: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
         if groups[-1] and _bytes([*groups[-1].values(), tensor]) > PART_BYTES:
             groups.append({})
         groups[-1][name] = tensor.detach()
-    names = _names(kind, len(groups))
+    names = file_names(kind, len(groups))
     return [Part(name, group) for name, group in zip(names, groups, strict=True)]
 
 

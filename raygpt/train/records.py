@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from raygpt.config import ModelConfig
 from raygpt.data.hashes import batch_hash
-from raygpt.model import flops_per_token
+from raygpt.sizes import flops_per_token
+from raygpt.train.checkpoints import Position
 from raygpt.train.progress import StepRecord
-from raygpt.train.state import Position
 from raygpt.train.step import StepResult
 
 

@@ -21,10 +21,10 @@ from torch import nn
 
 from raygpt import device as devices
 from raygpt.storage import Folder, StorageError, patiently
-from raygpt.train import state
+from raygpt.train import checkpoints
+from raygpt.train.checkpoints import Checkpoint, Position
 from raygpt.train.parts import Part, Snapshots, cut_into_parts, share_of
 from raygpt.train.progress import RunLog
-from raygpt.train.state import Checkpoint, Position
 
 _Result = TypeVar("_Result")
 
@@ -113,9 +113,9 @@ class Saver:
 
     def _store(self, position: Position, copies: dict[str, memoryview]) -> None:
         began = time.perf_counter()
-        folder = self._run.child(state.checkpoint_name(position.step))
+        folder = self._run.child(checkpoints.checkpoint_name(position.step))
         entries = {
-            file: self._patiently(partial(state.write_file, folder, file, data))
+            file: self._patiently(partial(checkpoints.write_file, folder, file, data))
             for file, data in copies.items()
         }
         shares: list[Any] = [None] * self._world_size
@@ -125,10 +125,10 @@ class Saver:
             self._log.flush()  # a checkpoint must not outlive the steps before it
             files = {file: entry for share in shares for file, entry in share.items()}
             checkpoint = self._patiently(
-                partial(state.commit, folder, position, files, self._metadata)
+                partial(checkpoints.commit, folder, position, files, self._metadata)
             )
             try:
-                state.prune(self._run, checkpoint)
+                checkpoints.prune(self._run, checkpoint)
             except StorageError as error:  # no reason to stop: the next one deletes it, too
                 self._say(str(error))
             self._log.event(

@@ -14,16 +14,10 @@ from torch import nn
 from raygpt import device as devices
 from raygpt.data.corpus import Corpus
 from raygpt.data.order import windows_in
-from raygpt.data.reader import cut
+from raygpt.data.reader import cut, validation_windows
 
 BLOCK_TOKENS = 16_384
 """Targets of a block, at least one window; memory, not numbers, sets it, but numbers know it."""
-
-
-def validation_windows(corpus: Corpus, block_size: int, tokens: int) -> int:
-    """Windows of the fixed set: those of the split, as far as ``tokens`` targets need them."""
-    found = sum(windows_in(chunk.tokens, block_size) for chunk in corpus.chunks("val"))
-    return min(found, -(-tokens // block_size))
 
 
 class Validation:

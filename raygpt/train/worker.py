@@ -26,17 +26,18 @@ from raygpt.model import GPT
 from raygpt.optim import build_optimizer, lr_at
 from raygpt.runs.accounts import FIRST_STEP, RESTORE, TRAIN, Stopwatch, restart_ms
 from raygpt.storage import patiently
-from raygpt.train import notice, state
-from raygpt.train.control import STOP, Listener, MakeWay
+from raygpt.train import checkpoints, notice, state
+from raygpt.train.checkpoints import Position
+from raygpt.train.control import STOP, MakeWay
 from raygpt.train.gauges import Gauges
 from raygpt.train.host import check_reachable, gather_machines
 from raygpt.train.job import Job
+from raygpt.train.listener import Listener
 from raygpt.train.processes import start_spare
 from raygpt.train.progress import RunLog, StepRecord
 from raygpt.train.records import Recorder
 from raygpt.train.reduce import data_parallel
 from raygpt.train.saver import Saver
-from raygpt.train.state import Position
 from raygpt.train.step import Stepper, StepResult
 from raygpt.train.straggler import Stragglers
 from raygpt.train.validation import Validation
@@ -228,7 +229,7 @@ class Worker:
             metadata = {**self.job.metadata(), "steps": [asdict(s) for s in self.unsaved]}
 
             def save() -> None:
-                if not state.is_finished(run, self.position.step):
+                if not checkpoints.is_finished(run, self.position.step):
                     state.save(run, self.position, self.model, self.optimizer, metadata)
 
             with self.copier:
@@ -264,15 +265,15 @@ class Worker:
         control, patience = self.listener.control, self.config.run.storage_patience
         tell = self.listener.say if self.rank == 0 else lambda _: None
         damaged: Any = ray.get(control.damaged.remote())
-        checkpoint = patiently(lambda: state.latest(self.job.run, tell, damaged), patience)
+        checkpoint = patiently(lambda: checkpoints.latest(self.job.run, tell, damaged), patience)
         position = Position()
         self.rescued: list[StepRecord] = []
         if checkpoint is not None:
             try:
                 patiently(lambda: state.restore(checkpoint, self.model, self.optimizer), patience)
-            except state.DamagedCheckpoint as error:
+            except checkpoints.DamagedCheckpoint as error:
                 # The others and the stream would begin there, so all begin again.
-                text = f"{error}; {state.PASSED_OVER}"
+                text = f"{error}; {checkpoints.PASSED_OVER}"
                 ray.get(control.distrust.remote(checkpoint.position.step, text))
                 raise MakeWay(str(error)) from None
             position = checkpoint.position
@@ -342,7 +343,7 @@ class Worker:
             return
         self.saver.begin(p, self.model, self.optimizer)
 
-    def _has_saved(self, position: Position, checkpoint: state.Checkpoint | None) -> None:
+    def _has_saved(self, position: Position, checkpoint: checkpoints.Checkpoint | None) -> None:
         """A checkpoint counts: report it to Ray Train; called in the background."""
         with self.state_lock:
             self.unsaved = [r for r in self.unsaved if r.metrics["step"] >= position.step]

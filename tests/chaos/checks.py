@@ -9,7 +9,8 @@ from typing import Any
 from chaos.runner import Outcome
 from chaos.trial import Trial
 from raygpt.storage import Folder
-from raygpt.train.state import checkpoint_name, is_finished, open_checkpoint, steps_of
+from raygpt.train.checkpoints import checkpoint_name, is_finished, open_checkpoint, steps_of
+from raygpt.train.state import verify
 
 TRAINED = ("step", "tokens", "loss", "lr", "grad_norm", "epoch", "batch_hash", "val_loss")
 """What must be equal, bit for bit, between two runs of the same settings."""
@@ -37,7 +38,7 @@ def result(trial: Trial) -> Result:
     trained = [{key: row[key] for key in TRAINED if key in row} for row in rows]
     folder = Folder.from_path(str(trial.run)).child(checkpoint_name(len(rows)))
     checkpoint = open_checkpoint(folder)
-    checkpoint.verify()
+    verify(checkpoint)
     return Result(checkpoint.weights_sha256, trained)
 
 
@@ -69,7 +70,7 @@ def open_all(trial: Trial) -> list[int]:
     run = Folder.from_path(str(trial.run))
     finished = [step for step in steps_of(run) if is_finished(run, step)]
     for step in finished:
-        open_checkpoint(run.child(checkpoint_name(step))).verify()
+        verify(open_checkpoint(run.child(checkpoint_name(step))))
     return finished
 
 

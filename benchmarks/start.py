@@ -1,0 +1,43 @@
+"""Seconds from the command to the end of the first step, against the least with torch alone.
+
+    python -m benchmarks.start [--short] [--rounds 5]
+
+Both sides are commands as a user starts them, in turns: ``jobs/train.py``, which starts Ray, and
+``torchrun`` with plain_ddp.py; the model is that of ``shakespeare``, on two workers.  Corpus and
+compiled Python lie ready for both, as after a first run.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.step import Case, Sides
+from benchmarks.turns import add_rounds, ratio, rounds, turns
+from raygpt.config import ModelConfig
+from raygpt.device import cpu_kind
+
+CASE = Case("bytes", ModelConfig(3, 4, 128, 64, 320), 2, 1, 12, 6, 2, 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_rounds(parser, usual=5, short=2)
+    asked = rounds(parser, parser.parse_args())
+    print(f"{cpu_kind()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    with tempfile.TemporaryDirectory() as folder:
+        sides = Sides(CASE, Path(folder))
+        seconds: tuple[list[float], list[float]] = ([], [])
+        for side in turns(2, asked):
+            began = time.time()
+            seconds[side].append((sides.ours, sides.plain)[side]()[0] - began)
+    ours, plain = map(statistics.median, seconds)
+    print(f"first step: raygpt {ours:.1f} s, plain DDP {plain:.1f} s, ratio {ratio(*seconds)}")
+
+
+if __name__ == "__main__":
+    main()
