@@ -18,7 +18,7 @@ from saved import SETTINGS, Run
 
 from raygpt.runs.files import EVENTS, METRICS, read_json_lines
 from raygpt.storage import Folder, StorageError
-from raygpt.train import checkpoints, parts, state
+from raygpt.train import checkpoints, parts
 from raygpt.train.checkpoints import METADATA, Checkpoint, Position, checkpoint_name, is_finished
 from raygpt.train.parts import Snapshots
 from raygpt.train.progress import RunLog
@@ -112,12 +112,12 @@ def three_in_a_row(path: Path, reference: Path) -> tuple[list[Saved], list[list[
                 worker.save_elsewhere(reference)
             worker.saver.wait()
             written.append([])
-            patch.setattr(state, "write_file", write)
+            patch.setattr(checkpoints, "write_file", write)
             worker.begin()
             worker.saver.wait_for_copy()
             worker.train()
             worker.saver.wait()
-            patch.setattr(state, "write_file", write_file)
+            patch.setattr(checkpoints, "write_file", write_file)
             worker.saver.wait()  # with nothing under way it returns at once
         worker.close()
         assert not worker.said
