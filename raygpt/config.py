@@ -178,6 +178,9 @@ class TrainConfig:
     """auto: bf16 autocast where the hardware has it, else fp32."""
     compile: bool = False
     """torch.compile the layers of the model."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each layer, and compute the rest again for the gradient: less
+    memory, a third more time, the same numbers."""
     log_every: int = 1
     eval_every: int = 250
     """Steps between validations; 0 validates at the end only."""

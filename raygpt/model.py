@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from raygpt.config import ModelConfig
 from raygpt.loss import linear_cross_entropy
@@ -81,6 +82,7 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.checkpoint_activations = False
 
     def forward(self, idx: Tensor) -> Tensor:
         """Hidden states (B, T, C) of tokens (B, T) int64.
@@ -94,7 +96,10 @@ class Transformer(nn.Module):
         positions = torch.arange(T, device=idx.device)
         x = self.drop(self.wte(idx) + self.wpe(positions))
         for block in self.h:
-            x = block(x)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return self.ln_f(x)
 
 
@@ -168,6 +173,11 @@ class GPT(nn.Module):
         return linear_cross_entropy(
             x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.n_vocab
         )
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the layers' inputs for the backward pass, which computes the rest again, to
+        the same bits (Chen et al. 2016, section 4)."""
+        self.transformer.checkpoint_activations = True
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile the layers with torch.compile, in place; all of them share what is compiled."""

@@ -62,6 +62,7 @@ MAY_CHANGE: dict[str, Any] = {
     "train.sample_prompt": "O",
     "train.sample_tokens": 7,
     "train.straggler_factor": 2.0,
+    "train.activation_checkpointing": True,
     "scale.workers": "1",
     "scale.gpus_per_worker": 1,
     "scale.cpus_per_worker": 2.0,

@@ -154,6 +154,28 @@ def test_layers_compile_in_one_graph_and_share_it() -> None:
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
+def test_activations_that_are_computed_again_are_the_same_bits() -> None:
+    config = ModelConfig(n_layer=4, n_head=2, n_embd=32, block_size=16, vocab_size=32, dropout=0.5)
+    idx = torch.arange(64).view(4, 16) % 32
+    gradients, kept = [], []
+    for again in (False, True):
+        model = _model(config)
+        if again:
+            model.checkpoint_activations()
+        sizes: list[int] = []
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, sizes=sizes: sizes.append(tensor.numel()) or tensor,
+            lambda tensor: tensor,
+        ):
+            loss = model(idx, idx)
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+        kept.append(sum(sizes))
+    assert all(map(torch.equal, *gradients))
+    assert kept[1] < kept[0] / 3
+
+
 def test_dropout_acts_in_training_only_and_follows_the_seed() -> None:
     config = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=32, dropout=0.5)
     model = _model(config)

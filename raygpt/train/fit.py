@@ -32,7 +32,7 @@ from raygpt.train import checkpoints, cluster, processes
 from raygpt.train.callbacks import Farewell, Judge, NoSnapshots, Timekeeper, find_user_error
 from raygpt.train.job import Job
 from raygpt.train.machines import LivingMachines
-from raygpt.train.worker import segments_from, train_worker
+from raygpt.train.worker import train_worker
 
 RESIZE_CHECK_SECONDS = 5.0
 """How often Ray Train looks whether an elastic run can have more workers."""
@@ -50,7 +50,7 @@ def _window_dataset(job: Job, control: Any) -> Dataset:
     )
     start = checkpoint.position.step if checkpoint else 0
     readers = max(2, job.config.scale.max_workers)  # each worker leaves room for one
-    return window_dataset(job.plan, segments_from(job, start), job.token_bytes, readers)
+    return window_dataset(job.plan, job.segments(start), job.token_bytes, readers)
 
 
 def fit(job: Job, control: Any, tell: Callable[[str], None], spares: bool) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from raygpt.config import EMBEDDED_CORPUS, Config, to_dict
 from raygpt.data.corpus import MANIFEST, Corpus, open_corpus
-from raygpt.data.order import BatchSchedule, windows_in
+from raygpt.data.order import BatchSchedule, Segments, windows_in
 from raygpt.data.prepare import prepare
 from raygpt.data.reader import ReadPlan, validation_windows
 from raygpt.data.tokenizer import load_tokenizer
@@ -36,7 +36,7 @@ _CHANGEABLE = {
     *("data.corpus", "data.val_corpus", "data.segment_steps"),
     *("train.steps", "train.log_every", "train.eval_every", "train.eval_tokens"),
     *("train.checkpoint_every", "train.sample_prompt", "train.sample_tokens"),
-    "train.straggler_factor",
+    *("train.straggler_factor", "train.activation_checkpointing"),
     *("scale.workers", "scale.gpus_per_worker", "scale.cpus_per_worker"),
 }
 
@@ -67,6 +67,11 @@ class Job:
     @cached_property
     def schedule(self) -> BatchSchedule:
         return self.plan.schedule()
+
+    def segments(self, start: int) -> Segments:
+        """The segments of a group of workers that starts at a step; stream and workers agree."""
+        config = self.config
+        return Segments(start, config.train.steps, config.segment_steps, config.batch.lanes)
 
     @property
     def warmup_tokens(self) -> int:

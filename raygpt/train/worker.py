@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from raygpt import device as devices
 from raygpt.data.corpus import open_corpus
-from raygpt.data.order import Segments
 from raygpt.data.reader import WindowReader
 from raygpt.data.stream import StepWindows, lane_steps, stream_blocks
 from raygpt.errors import UserError
@@ -29,6 +28,7 @@ from raygpt.storage import patiently
 from raygpt.train import checkpoints, notice, state
 from raygpt.train.checkpoints import Position
 from raygpt.train.control import STOP, MakeWay
+from raygpt.train.garbage import Garbage
 from raygpt.train.gauges import Gauges
 from raygpt.train.host import check_reachable, gather_machines
 from raygpt.train.job import Job
@@ -43,12 +43,6 @@ from raygpt.train.straggler import Stragglers
 from raygpt.train.validation import Validation
 
 MAX_SKIPPED_IN_A_ROW = 10
-
-
-def segments_from(job: Job, start: int) -> Segments:
-    """The segments of a group of workers that starts at a step; stream and workers agree."""
-    config = job.config
-    return Segments(start, config.train.steps, config.segment_steps, config.batch.lanes)
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -89,6 +83,8 @@ class Worker:
         self.model = GPT(config.model, job.n_vocab).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.position = self._restore()
+        if config.train.activation_checkpointing:
+            self.model.checkpoint_activations()
         if config.train.compile:
             self.model.compile_blocks()
         self.ddp = data_parallel(self.model)
@@ -104,7 +100,7 @@ class Worker:
             seed=config.train.seed,
         )
         self.reader = WindowReader(job.plan)
-        self.segments = segments_from(job, self.position.step)
+        self.segments = job.segments(self.position.step)
         self.validation: Validation | None = None
         if job.val_windows:
             self.validation = Validation(
@@ -154,6 +150,7 @@ class Worker:
         self.gauges = Gauges(config.run.name, self.rank, self.log)
         self.stragglers = Stragglers(config.train.straggler_factor, machines)
         self.stopwatch = Stopwatch()
+        self.garbage = Garbage()
         self._mark(RESTORE, began)
         listener.rescue = self.rescue
 
@@ -187,6 +184,7 @@ class Worker:
                 record = self._record(result, tokens, lr, began, data_wait)
                 self.unsaved.append(record)
 
+            self.garbage.collect()
             with self.stopwatch.during("validation"):
                 record.add_val_loss(self._validate())
             self._log_step(record)
