@@ -7,17 +7,15 @@ nobody can do without: logits, and the gradients of hidden states and of the hea
 """
 
 import argparse
-import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.turns import add_rounds, ratio, rounds, turns
-from raygpt.device import cpu_kind
+from benchmarks.turns import Row, add_rounds, machine, ratio, rounds, turns
 from raygpt.loss import linear_cross_entropy
 
 SIZES = [(1024, 128, 50304, 50257), (1024, 768, 50304, 50257), (2048, 384, 320, 257)]
@@ -49,14 +47,8 @@ def sides(n: int, c: int, v: int, used: int) -> dict[str, Callable[[], None]]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_rounds(parser, usual=9, short=3)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    asked = rounds(parser, arguments)
-    torch.set_num_threads(arguments.threads)
-    print(f"{cpu_kind()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32")
+def rows(asked: int, threads: int = 1) -> Iterator[Row]:
+    torch.set_num_threads(threads)
     for size in SIZES:
         functions = sides(*size)
         times: dict[str, list[float]] = {name: [] for name in functions}
@@ -66,12 +58,23 @@ def main() -> None:
             functions[name]()
             times[name].append(1000 * (time.perf_counter() - began))
         medians = {name: statistics.median(took[1:]) for name, took in times.items()}  # warm
-        print(
-            f"{size[0]} tokens of {size[1]}, {size[2]} words: "
-            + ", ".join(f"{name} {median:.1f} ms" for name, median in medians.items())
-            + f"; torch / raygpt {ratio(times['torch'][1:], times['raygpt'][1:])}",
-            flush=True,
+        yield Row(
+            f"head and loss, {size[0]:,} tokens of {size[1]}, {size[2]:,} words",
+            f"{medians['raygpt']:.1f} ms",
+            f"torch's (the products alone {medians['products alone']:.1f} ms)",
+            f"{medians['torch']:.1f} ms",
+            ratio(times["torch"][1:], times["raygpt"][1:]),
         )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_rounds(parser, usual=9, short=3)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    print(machine())
+    for row in rows(rounds(parser, arguments), arguments.threads):
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

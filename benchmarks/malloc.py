@@ -15,12 +15,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import torch
 
-from benchmarks.turns import add_rounds, ratio, rounds, turns
+from benchmarks.turns import Row, add_rounds, machine, ratio, rounds, turns
 from raygpt.config import ModelConfig
-from raygpt.device import cpu_kind
 from raygpt.model import GPT
 from raygpt.train.processes import environment
 
@@ -62,6 +62,24 @@ def turn(name: str, kept: bool) -> tuple[float, float]:
     return ms, faults
 
 
+def rows(asked: int) -> Iterator[Row]:
+    for name in CASES:
+        sides: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
+        for side in turns(2, asked):
+            sides[side].append(turn(name, kept=side == 0))
+        (kept, kept_faults), (plain, plain_faults) = (
+            map(statistics.median, zip(*side, strict=True)) for side in sides
+        )
+        times = [[ms for ms, _ in side] for side in sides]
+        yield Row(
+            f"memory kept, forward and backward, {name}",
+            f"{kept:.1f} ms, {kept_faults:,.0f} pages filled",
+            "glibc's own settings",
+            f"{plain:.1f} ms, {plain_faults:,.0f} pages",
+            ratio(times[1], times[0]),
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_rounds(parser, usual=5, short=2)
@@ -72,21 +90,9 @@ def main() -> None:
         thread.start()
         thread.join()
         return
-    asked = rounds(parser, arguments)
-    print(f"{cpu_kind()}, torch {torch.__version__}, one thread, fp32")
-    for name in CASES:
-        sides: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
-        for side in turns(2, asked):
-            sides[side].append(turn(name, kept=side == 0))
-        (kept, kept_faults), (plain, plain_faults) = (
-            map(statistics.median, zip(*side, strict=True)) for side in sides
-        )
-        times = [[ms for ms, _ in side] for side in sides]
-        print(
-            f"{name}: {plain:.1f} ms, {plain_faults:,.0f} pages; kept {kept:.1f} ms, "
-            f"{kept_faults:,.0f} pages; ratio {ratio(times[1], times[0])}",
-            flush=True,
-        )
+    print(machine())
+    for row in rows(rounds(parser, arguments)):
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

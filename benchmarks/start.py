@@ -8,27 +8,20 @@ compiled Python lie ready for both, as after a first run.
 """
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from benchmarks.step import Case, Sides
-from benchmarks.turns import add_rounds, ratio, rounds, turns
+from benchmarks.turns import Row, add_rounds, machine, ratio, rounds, turns
 from raygpt.config import ModelConfig
-from raygpt.device import cpu_kind
 
 CASE = Case("bytes", ModelConfig(3, 4, 128, 64, 320), 2, 1, 12, 6, 2, 0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_rounds(parser, usual=5, short=2)
-    asked = rounds(parser, parser.parse_args())
-    print(f"{cpu_kind()}, {os.cpu_count()} cores, torch {torch.__version__}")
+def rows(asked: int) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         sides = Sides(CASE, Path(folder))
         seconds: tuple[list[float], list[float]] = ([], [])
@@ -36,7 +29,22 @@ def main() -> None:
             began = time.time()
             seconds[side].append((sides.ours, sides.plain)[side]()[0] - began)
     ours, plain = map(statistics.median, seconds)
-    print(f"first step: raygpt {ours:.1f} s, plain DDP {plain:.1f} s, ratio {ratio(*seconds)}")
+    yield Row(
+        "command to first step, two workers",
+        f"{ours:.1f} s",
+        "torchrun",
+        f"{plain:.1f} s",
+        ratio(seconds[1], seconds[0]),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_rounds(parser, usual=5, short=2)
+    asked = rounds(parser, parser.parse_args())
+    print(machine())
+    for row in rows(asked):
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,18 +15,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from benchmarks.turns import add_rounds, ratio, rounds, turns
+from benchmarks.turns import Row, add_rounds, machine, ratio, rounds, turns
 from raygpt.config import ModelConfig
 from raygpt.data.prepare import prepare
 from raygpt.data.tokenizer import load_tokenizer
-from raygpt.device import cpu_kind
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,24 +122,32 @@ def speed(case: Case, times: list[float]) -> float:
     return tokens * (len(warm) - 1) / (warm[-1] - warm[0])
 
 
+def rows(asked: int, cases: Iterable[str] = CASES) -> Iterator[Row]:
+    for name in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            sides = Sides(CASES[name], Path(folder))
+            speeds: tuple[list[float], list[float]] = ([], [])
+            for side in turns(2, asked):
+                speeds[side].append(speed(CASES[name], (sides.ours, sides.plain)[side]()))
+        ours, plain = map(statistics.median, speeds)
+        yield Row(
+            f"training, {name}",
+            f"{ours:,.0f} tokens/s",
+            "torchrun, DDP",
+            f"{plain:,.0f} tokens/s",
+            ratio(*speeds),
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_rounds(parser, usual=5, short=2)
     parser.add_argument("--case", nargs="*", choices=CASES, default=list(CASES))
     arguments = parser.parse_args()
     asked = rounds(parser, arguments)
-    print(f"{cpu_kind()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32")
-    for name in arguments.case:
-        with tempfile.TemporaryDirectory() as folder:
-            sides = Sides(CASES[name], Path(folder))
-            speeds: tuple[list[float], list[float]] = ([], [])
-            for side in turns(2, asked):
-                speeds[side].append(speed(CASES[name], (sides.ours, sides.plain)[side]()))
-        ours, plain = (statistics.median(speed) for speed in speeds)
-        print(
-            f"{name}: raygpt {ours:,.0f} tokens/s, plain DDP {plain:,.0f}, ratio {ratio(*speeds)}",
-            flush=True,
-        )
+    print(machine())
+    for row in rows(asked, arguments.case):
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

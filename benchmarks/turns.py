@@ -1,8 +1,35 @@
-"""What comparisons share: sides that take turns, and a ratio with its spread."""
+"""What comparisons share: sides that take turns, a ratio with its spread, a row of the table."""
 
 import argparse
+import os
 import statistics
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from raygpt.device import cpu_kind
+
+
+class Row(NamedTuple):
+    """One comparison, in words."""
+
+    what: str
+    ours: str
+    """Median, with its unit."""
+    other: str
+    """What it is held against."""
+    theirs: str
+    ratio: str
+    """In the direction in which more is better."""
+
+    def __str__(self) -> str:
+        return f"{self.what}: raygpt {self.ours}, {self.other} {self.theirs}, ratio {self.ratio}"
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    return f"{cpu_kind()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32"
 
 
 def add_rounds(parser: argparse.ArgumentParser, usual: int, short: int) -> None:

@@ -163,11 +163,13 @@ def test_activations_that_are_computed_again_are_the_same_bits() -> None:
         if again:
             model.checkpoint_activations()
         sizes: list[int] = []
+
+        def keep(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
         torch.manual_seed(3)
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor, sizes=sizes: sizes.append(tensor.numel()) or tensor,
-            lambda tensor: tensor,
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(idx, idx)
         loss.backward()
         gradients.append([p.grad for p in model.parameters()])

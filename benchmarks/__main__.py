@@ -1,0 +1,36 @@
+"""The short set of comparisons, as a table in Markdown.
+
+    python -m benchmarks [--rounds 2] [--output benchmarks.md]
+
+Each row comes from a script of its own, which has a longer form; all sides run in turns, on the
+machine at hand.  Ratios are medians within a round, with quartiles; more is better.
+"""
+
+import argparse
+from pathlib import Path
+
+from benchmarks import loss, malloc, start, step
+from benchmarks.turns import add_rounds, machine, rounds
+
+HEAD = ["what", "raygpt", "compared with", "that", "ratio"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_rounds(parser, usual=2, short=2)
+    parser.add_argument("--output", type=Path, help="a file for the table")
+    arguments = parser.parse_args()
+    asked = rounds(parser, arguments)
+    lines = [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
+    for module in (loss, malloc, start, step):
+        for row in module.rows(asked):
+            print(row, flush=True)
+            lines.append(f"| {' | '.join(row)} |")
+    table = "\n".join([*lines, "", f"Measured on {machine()}."])
+    print(f"\n{table}")
+    if arguments.output:
+        arguments.output.write_text(table + "\n")
+
+
+if __name__ == "__main__":
+    main()
