@@ -166,6 +166,16 @@ class OptimConfig:
             raise UserError(f"optim.betas must lie in [0, 1), got {self.betas}")
 
 
+def profiled_steps(text: str) -> range:
+    """The steps that ``train.profile`` names. Raises UserError."""
+    first, _, end = text.partition(":")
+    if not text:
+        return range(0)
+    if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
+        raise UserError(f"train.profile must be N:M, whole numbers with N < M, got {text!r}")
+    return range(int(first), int(end))
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = 1000
@@ -193,6 +203,8 @@ class TrainConfig:
     sample_tokens: int = 200
     straggler_factor: float = 1.5
     """A worker that takes so many times as long as the others is named; 0 for none."""
+    profile: str = ""
+    """N:M profiles the steps from N to M - 1, into the run's folder."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -206,6 +218,8 @@ class TrainConfig:
             eval_tokens=self.eval_tokens,
             straggler_factor=self.straggler_factor,
         )
+        if profiled_steps(self.profile).stop > self.steps:
+            raise UserError(f"train.profile {self.profile}: the run ends at step {self.steps}")
 
 
 @dataclass(frozen=True)

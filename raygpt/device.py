@@ -190,6 +190,12 @@ class Timer:
         return 1000 * (self._times[1] - self._times[0])
 
 
+def wait(device: torch.device) -> None:
+    """Until a device has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Copier:
     """Copies from a device to the CPU beside what it computes; a context manager.
 

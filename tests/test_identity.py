@@ -63,6 +63,7 @@ MAY_CHANGE: dict[str, Any] = {
     "train.sample_tokens": 7,
     "train.straggler_factor": 2.0,
     "train.activation_checkpointing": True,
+    "train.profile": "2:4",
     "scale.workers": "1",
     "scale.gpus_per_worker": 1,
     "scale.cpus_per_worker": 2.0,

@@ -7,6 +7,7 @@ import signal
 import time
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,7 +54,8 @@ def wait(head: Head, condition: Callable[[dict[str, dict[str, float]]], bool]) -
 def test_a_run_can_be_watched(head: Head, reference: Reference) -> None:
     run = reference.run(reference.storage, "watched")
     process = run.start(
-        "--train.steps", "1000000", "--train.eval_every", "100", "--train.straggler_factor", "0.01"
+        *("--train.steps", "1000000", "--train.eval_every", "100"),
+        *("--train.straggler_factor", "0.01", "--train.profile", "4:6"),
     )
     shown = {f"ray_{name}" for name in NAMES}
     try:
@@ -78,6 +80,9 @@ def test_a_run_can_be_watched(head: Head, reference: Reference) -> None:
     assert [event["text"].split(" takes ")[0] for event in slow] == [
         f"worker {rank} on {address}" for rank in (0, 1)
     ]
+    table = (Path(run.folder.path) / "profile" / "steps_4_to_5.md").read_text().splitlines()
+    assert table[0] == "| ms a step | worker 0 | worker 1 |"
+    assert all(float(line.split()[3]) > 0 for line in table[3:]), "all parts after data"
     (state,) = (r for r in page["train_runs"] if r["name"] == "watched")
     assert state["status"] == "RUNNING"
 

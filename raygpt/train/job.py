@@ -36,7 +36,7 @@ _CHANGEABLE = {
     *("data.corpus", "data.val_corpus", "data.segment_steps"),
     *("train.steps", "train.log_every", "train.eval_every", "train.eval_tokens"),
     *("train.checkpoint_every", "train.sample_prompt", "train.sample_tokens"),
-    *("train.straggler_factor", "train.activation_checkpointing"),
+    *("train.straggler_factor", "train.activation_checkpointing", "train.profile"),
     *("scale.workers", "scale.gpus_per_worker", "scale.cpus_per_worker"),
 }
 

@@ -7,6 +7,7 @@ number of workers: see ``reduce.py`` for the sum over lanes.
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from raygpt import device as devices
 from raygpt.data.hashes import lane_hash
 from raygpt.data.stream import StepWindows
 from raygpt.optim import set_lr
+from raygpt.train.profile import Part
 from raygpt.train.reduce import GradientSum, ReducePlan, reduce_plan
 
 Forward = Callable[[Tensor, Tensor], Tensor]
@@ -53,6 +55,7 @@ class Stepper:
         ddp: the same network under DistributedDataParallel; the last lane runs on it.
         dtype: of autocast; ``torch.float32`` for none.
         seed: with step and lane, the key of dropout.
+        part: times the parts of a step.
     """
 
     def __init__(
@@ -67,13 +70,14 @@ class Stepper:
         device: torch.device,
         dtype: torch.dtype,
         seed: int,
+        part: Part = lambda _: nullcontext(),
     ) -> None:
         self._model, self._ddp, self._optimizer = model, ddp, optimizer
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._gradients = GradientSum(ddp)
         self._lanes, self._micro, self._grad_clip = lanes, micro, grad_clip
         self._device, self._dtype, self._seed = device, dtype, seed
-        self._norm = torch.zeros(())
+        self._norm, self._part = torch.zeros(()), part
         self._timer, self._lane_us = devices.Timer(device), 0
 
     def gradient(
@@ -99,18 +103,20 @@ class Stepper:
                 self._micro_batches(batch.lanes[lane]),
                 weight=1 / self._lanes,
                 last_forward=self._forward(self._ddp) if last else None,
+                part=self._part,
             )
             if not last:
                 self._gradients.add_lane(lane)
         self._timer.stop()
-        report = self._share(plan, batch, losses, votes)
-        self._gradients.finish()
-
-        lane_losses, hashes, counted, lane_us = report()
+        with self._part("exchange"):
+            report = self._share(plan, batch, losses, votes)
+            self._gradients.finish()
+            lane_losses, hashes, counted, lane_us = report()
         loss = math.fsum(lane_losses) / self._lanes
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        self._norm = torch.nn.utils.get_total_norm(gradients)
-        norm = self._norm.item()
+        with self._part("update"):
+            self._norm = torch.nn.utils.get_total_norm(gradients)
+            norm = self._norm.item()
         self._lane_us = round(1000 * self._timer.ms() / len(plan.lanes))
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         lane_ms = tuple(us / 1000 for us in lane_us)
@@ -189,6 +195,7 @@ def accumulate(
     micro_batches: list[tuple[Tensor, Tensor]],
     weight: float = 1.0,
     last_forward: Forward | None = None,
+    part: Part = lambda _: nullcontext(),
 ) -> Tensor:
     """Add up the gradient of ``weight`` times the mean loss over micro-batches, in their order.
 
@@ -198,6 +205,7 @@ def accumulate(
     Args:
         forward: the mean loss of (inputs, targets).
         last_forward: takes the place of ``forward`` for the last micro-batch, if given.
+        part: times forward and backward passes.
 
     Returns:
         The mean loss, an fp64 scalar.
@@ -207,8 +215,10 @@ def accumulate(
     for i, (inputs, targets) in enumerate(micro_batches):
         share = len(inputs) / sequences
         last = i == len(micro_batches) - 1
-        loss = (last_forward if last and last_forward else forward)(inputs, targets)
-        (loss * (share * weight)).backward()
+        with part("forward"):
+            loss = (last_forward if last and last_forward else forward)(inputs, targets)
+        with part("backward"):
+            (loss * (share * weight)).backward()
         total += loss.detach().double() * share
     return total
 

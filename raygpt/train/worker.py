@@ -34,6 +34,7 @@ from raygpt.train.host import check_reachable, gather_machines
 from raygpt.train.job import Job
 from raygpt.train.listener import Listener
 from raygpt.train.processes import start_spare
+from raygpt.train.profile import Profiler
 from raygpt.train.progress import RunLog, StepRecord
 from raygpt.train.records import Recorder
 from raygpt.train.reduce import data_parallel
@@ -88,6 +89,8 @@ class Worker:
         if config.train.compile:
             self.model.compile_blocks()
         self.ddp = data_parallel(self.model)
+        patience = config.run.storage_patience
+        self.profiler = Profiler(config.train.profile, self.device, job.run, patience)
         self.stepper = Stepper(
             self.model,
             self.ddp,
@@ -98,6 +101,7 @@ class Worker:
             device=self.device,
             dtype=self.dtype,
             seed=config.train.seed,
+            part=self.profiler.part,
         )
         self.reader = WindowReader(job.plan)
         self.segments = job.segments(self.position.step)
@@ -119,7 +123,6 @@ class Worker:
         self.copier = devices.Copier(self.device)
         self.log: RunLog | None = None
         machines, first_here = gather_machines(self.device)
-        patience = config.run.storage_patience
         if first_here:
             notice.watch(listener.say)
         if self.rank == 0:
@@ -162,35 +165,38 @@ class Worker:
         batches = self._batches()
         self._mark(FIRST_STEP, time.time())
         while self.position.step < config.train.steps:
-            began = time.perf_counter()
-            batch = next(batches)
-            data_wait = time.perf_counter() - began
+            with self.profiler.step(self.position.step):
+                began = time.perf_counter()
+                with self.profiler.part("data"):
+                    batch = next(batches)
+                data_wait = time.perf_counter() - began
 
-            tokens = schedule.tokens(batch.step)
-            lr = lr_at(
-                schedule.tokens_before(batch.step),
-                tokens,
-                max_lr=config.optim.max_lr,
-                min_lr=config.min_lr,
-                warmup_tokens=self.job.warmup_tokens,
-                decay_tokens=self.job.decay_tokens,
-            )
-            owners = self.segments.owners(batch.segment, self.world_size)
-            result = self.stepper.gradient(batch, owners, self.listener.votes())
-            began += self._wait_for_copy()  # which is not the step's own time
-            with self._changing_state():
-                self.stepper.update(result, lr)
-                self._advance(result, tokens)
-                record = self._record(result, tokens, lr, began, data_wait)
-                self.unsaved.append(record)
+                tokens = schedule.tokens(batch.step)
+                lr = lr_at(
+                    schedule.tokens_before(batch.step),
+                    tokens,
+                    max_lr=config.optim.max_lr,
+                    min_lr=config.min_lr,
+                    warmup_tokens=self.job.warmup_tokens,
+                    decay_tokens=self.job.decay_tokens,
+                )
+                owners = self.segments.owners(batch.segment, self.world_size)
+                result = self.stepper.gradient(batch, owners, self.listener.votes())
+                began += self._wait_for_copy()  # which is not the step's own time
+                with self._changing_state():
+                    with self.profiler.part("update"):
+                        self.stepper.update(result, lr)
+                    self._advance(result, tokens)
+                    record = self._record(result, tokens, lr, began, data_wait)
+                    self.unsaved.append(record)
 
-            self.garbage.collect()
-            with self.stopwatch.during("validation"):
-                record.add_val_loss(self._validate())
-            self._log_step(record)
-            self._check_skipped()
-            with self.stopwatch.during("checkpoint"):
-                self._checkpoint(now=any(result.votes))
+                self.garbage.collect()
+                with self.stopwatch.during("validation"):
+                    record.add_val_loss(self._validate())
+                self._log_step(record)
+                self._check_skipped()
+                with self.stopwatch.during("checkpoint"):
+                    self._checkpoint(now=any(result.votes))
             if any(result.votes):
                 self._leave(stop=bool(result.votes[STOP]))
                 break
