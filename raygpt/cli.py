@@ -17,8 +17,8 @@ from typing import TypeVar
 
 import tyro
 
-from raygpt.config import nearest
 from raygpt.errors import EXIT_USER_ERROR, UserError
+from raygpt.values import nearest
 
 EXIT_INTERRUPTED = 130
 """128 + SIGINT, as shells count it."""

@@ -17,10 +17,10 @@ from raygpt.config import (
     RunConfig,
     ScaleConfig,
     TrainConfig,
-    nearest,
 )
 from raygpt.data.order import BatchSchedule
 from raygpt.errors import UserError
+from raygpt.values import nearest
 
 WARMUP_TOKENS = 375_000_000
 """Brown et al. 2020, appendix B."""

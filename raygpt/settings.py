@@ -25,10 +25,10 @@ from raygpt.config import (
     RunConfig,
     ScaleConfig,
     TrainConfig,
-    read_sections,
 )
 from raygpt.errors import UserError
 from raygpt.presets import PRESETS, preset
+from raygpt.values import read_sections
 
 DEFAULT_PRESET = "shakespeare"
 _FORMS = """Settings come from the preset, then the file, then the command line. In the names of

@@ -10,18 +10,11 @@ from typing import Any
 
 import pytest
 
-from raygpt.config import (
-    BatchConfig,
-    Config,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    from_dict,
-)
+from raygpt.config import BatchConfig, Config, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from raygpt.data.corpus import MANIFEST
 from raygpt.data.prepare import prepare
 from raygpt.errors import UserError
+from raygpt.values import from_dict
 
 TEXT = (resources.files("raygpt") / "assets" / "tinyshakespeare.txt").read_bytes()
 CHUNK = 1000

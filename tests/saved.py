@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from raygpt.config import Config, ModelConfig, OptimConfig, to_dict
+from raygpt.config import Config, ModelConfig, OptimConfig
 from raygpt.model import GPT
 from raygpt.optim import build_optimizer
 from raygpt.storage import Folder
@@ -20,6 +20,7 @@ from raygpt.train.checkpoints import (
     latest,
 )
 from raygpt.train.state import save, verify
+from raygpt.values import to_dict
 
 CONFIG = Config(
     model=ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=264),

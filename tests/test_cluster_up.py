@@ -34,7 +34,7 @@ class Laptop:
     def __init__(self, machines: Machines) -> None:
         self._machines = machines
         self.host, self.head, *self.workers = machines.hosts
-
+        self.key = machines.key
         self._environment = {**activated(), **self.host.environment, "RAY_AUTH_MODE": "token"}
         del self._environment["RAY_AUTH_TOKEN"]  # a user has a file
 
@@ -89,7 +89,7 @@ def laptop(tmp_path: Path) -> Iterator[Laptop]:
         yield Laptop(machines)
 
 
-def adapted(laptop: Laptop, key: Path) -> dict[str, Any]:
+def adapted(laptop: Laptop) -> dict[str, Any]:
     """cluster.yaml for machines that are there."""
     text = (ROOT / "cluster.yaml").read_text().replace("/home/ray/", "/tmp/ray/")
     cluster: dict[str, Any] = yaml.safe_load(text)
@@ -103,7 +103,7 @@ def adapted(laptop: Laptop, key: Path) -> dict[str, Any]:
         "head_ip": laptop.head.address,
         "worker_ips": [host.address for host in laptop.workers],
     }
-    cluster["auth"] = {"ssh_user": "root", "ssh_private_key": str(key)}
+    cluster["auth"] = {"ssh_user": "root", "ssh_private_key": str(laptop.key)}
     cluster["max_workers"] = len(laptop.workers)
     variables += ["RAY_USAGE_STATS_ENABLED=0", "GLOO_SOCKET_IFNAME=eth0"]
     # Never `ray stop`, which would end other clusters of this machine, too.
@@ -120,7 +120,7 @@ def test_a_cluster_comes_up_and_trains(
     laptop: Laptop, tmp_path: Path, reference: Reference
 ) -> None:
     file = tmp_path / "cluster.yaml"
-    file.write_text(yaml.safe_dump(adapted(laptop, tmp_path / "key")))
+    file.write_text(yaml.safe_dump(adapted(laptop)))
     laptop.run("ray", "get-auth-token", "--generate")
     up = laptop.run("ray", "up", "-y", "--no-config-cache", str(file), timeout=UP_SECONDS)
     assert "Traceback" not in up

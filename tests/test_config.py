@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from raygpt.config import Config, from_dict, nearest, read_sections, setting_names, to_dict
+from raygpt.config import Config
 from raygpt.errors import UserError
+from raygpt.values import from_dict, nearest, read_sections, setting_names, to_dict
 
 WRONG: list[tuple[str, Any, str]] = [
     ("run.name", "", "run.name must be a plain folder name, got ''"),

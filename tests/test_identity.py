@@ -12,9 +12,10 @@ from resolved import config as config
 from resolved import made as made
 from resolved import path as path
 
-from raygpt.config import Config, from_dict, setting_names, to_dict
+from raygpt.config import Config
 from raygpt.data.corpus import open_corpus
 from raygpt.train.job import Job, check_identity, resolve
+from raygpt.values import from_dict, setting_names, to_dict
 
 CHANGED: dict[str, Any] = {
     "data.seed": 1,

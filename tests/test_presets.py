@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from raygpt.config import EMBEDDED_CORPUS, ModelConfig, from_dict, to_dict
+from raygpt.config import EMBEDDED_CORPUS, ModelConfig
 from raygpt.data.order import BatchSchedule
 from raygpt.errors import UserError
 from raygpt.model import GPT
 from raygpt.presets import PRESETS, preset
 from raygpt.sizes import num_params
+from raygpt.values import from_dict, to_dict
 
 GPT2_SIZES = {  # parameters of the released models, whose vocabulary is 50,257
     "gpt2": 124_439_808,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from raygpt.config import setting_names
 from raygpt.presets import PRESETS
 from raygpt.settings import load_settings
+from raygpt.values import setting_names
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

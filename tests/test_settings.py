@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from raygpt.config import Config, to_dict
+from raygpt.config import Config
 from raygpt.errors import UserError
 from raygpt.presets import PRESETS, preset
 from raygpt.settings import load_settings
+from raygpt.values import to_dict
 
 ROOT = Path(__file__).parent.parent
 

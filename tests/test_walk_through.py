@@ -17,9 +17,9 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli
 
 from raygpt.cli import option_names, parse
-from raygpt.config import setting_names
 from raygpt.errors import UserError
 from raygpt.settings import load_settings
+from raygpt.values import setting_names
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "walk-through.md").read_text()

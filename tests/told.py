@@ -6,10 +6,11 @@ from typing import Any
 
 from logged import record
 
-from raygpt.config import Config, to_dict
+from raygpt.config import Config
 from raygpt.runs.files import CONFIG, EVENTS, SAMPLES, read_json_lines
 from raygpt.storage import Folder
 from raygpt.train.progress import RunLog
+from raygpt.values import to_dict
 
 MACHINES = [{"address": "10.0.0.2", "device": "L4", "cpus": 4, "memory": 16 << 30, "workers": 2}]
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from raygpt.audit.words import steps
-from raygpt.config import Config, from_dict
+from raygpt.config import Config
 from raygpt.errors import UserError
 from raygpt.storage import Folder, reason_of
+from raygpt.values import from_dict
 
 CONFIG, METRICS, LEDGER = "config.json", "metrics.jsonl", "ledger.jsonl"
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)")

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from raygpt.config import EMBEDDED_CORPUS, Config, to_dict
+from raygpt.config import EMBEDDED_CORPUS, Config
 from raygpt.data.corpus import MANIFEST, Corpus, open_corpus
 from raygpt.data.order import BatchSchedule, Segments, windows_in
 from raygpt.data.prepare import prepare
@@ -19,6 +19,7 @@ from raygpt.data.tokenizer import load_tokenizer
 from raygpt.errors import UserError
 from raygpt.sizes import num_params
 from raygpt.storage import Folder
+from raygpt.values import to_dict
 
 _UPLOADED = "working_dir_files"
 """Part of the path at which Ray unpacks ``--working-dir`` on a node."""

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from raygpt.config import Config, from_dict
+from raygpt.config import Config
 from raygpt.errors import UserError
 from raygpt.model import GPT
 from raygpt.storage import Folder
@@ -30,6 +30,7 @@ from raygpt.train.checkpoints import (
     write_file,
 )
 from raygpt.train.parts import Snapshots, cut_into_parts
+from raygpt.values import from_dict
 
 READ_THREADS = 4
 """Files that are read and hashed at the same time, each of 128 MiB or of one tensor."""
