@@ -87,6 +87,16 @@ class ModelConfig:
     vocab_size: int = 50_304
     """Rows of the embedding: the tokenizer's vocabulary, padded for speed."""
     dropout: float = 0.0
+    positions: Literal["learned", "rotary"] = "learned"
+    """learned: a vector for each position, as GPT-2; rotary: queries and keys are turned."""
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm, as GPT-2, or RMSNorm, which does not centre."""
+    qk_norm: bool = False
+    """Normalise queries and keys before they meet."""
+    activation: Literal["gelu", "relu2"] = "gelu"
+    """Of the MLP: GELU, as GPT-2, or the square of ReLU."""
+    bias: bool = True
+    """Linear layers and LayerNorms have biases, as GPT-2's."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -97,8 +107,25 @@ class ModelConfig:
             raise UserError(
                 f"model.n_embd {self.n_embd} is not divisible by model.n_head {self.n_head}"
             )
+        if self.positions == "rotary" and self.head_size % 2:
+            raise UserError(
+                f"model.n_embd / model.n_head is {self.head_size}; rotary positions turn pairs, so "
+                "it must be even"
+            )
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout must lie in [0, 1), got {self.dropout}")
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head's queries, keys and values."""
+        return self.n_embd // self.n_head
+
+    @property
+    def is_gpt2(self) -> bool:
+        """Whether the network is GPT-2's in all but size."""
+        gpt2 = ModelConfig()
+        names = ("positions", "norm", "qk_norm", "activation", "bias")
+        return all(getattr(self, name) == getattr(gpt2, name) for name in names)
 
 
 @dataclass(frozen=True)

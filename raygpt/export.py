@@ -17,7 +17,7 @@ from torch import Tensor
 from raygpt.config import ModelConfig
 from raygpt.data.tokenizer import END_OF_TEXT, Tokenizer
 from raygpt.errors import UserError
-from raygpt.model import GPT, INIT_STD, LAYER_NORM_EPS
+from raygpt.model import GPT, INIT_STD, NORM_EPS
 from raygpt.storage import Folder
 
 Json = dict[str, Any]
@@ -29,9 +29,14 @@ def export(model: GPT, config: ModelConfig, tokenizer: Tokenizer, output: str) -
     """Write weights, settings and tokenizer to ``output``; returns the names of the files.
 
     Raises:
-        UserError: the tokenizer is not the model's, or ``output`` is not empty or cannot be
-            written.
+        UserError: the model is no GPT-2, the tokenizer is not the model's, or ``output`` is not
+            empty or cannot be written.
     """
+    if not config.is_gpt2:
+        raise UserError(
+            "the model is not GPT-2's in model.positions, model.norm, model.qk_norm, "
+            "model.activation or model.bias; transformers has no class of its kind"
+        )
     if tokenizer.n_vocab != model.n_vocab:
         raise UserError(
             f"tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens, the model "
@@ -80,7 +85,7 @@ def _config(config: ModelConfig, tokenizer: Tokenizer) -> Json:
         "n_ctx": config.block_size,
         "vocab_size": tokenizer.n_vocab,
         "activation_function": "gelu_new",
-        "layer_norm_epsilon": LAYER_NORM_EPS,
+        "layer_norm_epsilon": NORM_EPS,
         "initializer_range": INIT_STD,
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,

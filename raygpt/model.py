@@ -3,6 +3,10 @@
 Pre-LayerNorm blocks, learned positions, tanh-GELU, and one matrix for the token embedding and
 the output head.  Shapes: B sequences, T tokens, C = n_embd, H = n_head, V = vocab_size.
 
+By settings, what has come since: rotary positions (Su et al. 2021, section 3.2.2, with the pairs
+half a head apart), RMSNorm (Zhang & Sennrich 2019, eq. 4), queries and keys normalised (Henry et
+al. 2020, here with RMSNorm without weights), squared ReLU (So et al. 2021), no biases.
+
 The vocabulary may be padded for speed.  The padded logits are -inf: they are never sampled, the
 loss is that of the unpadded model, and the padded rows of the head get a gradient of exactly zero.
 
@@ -20,8 +24,38 @@ from torch.utils.checkpoint import checkpoint
 from raygpt.config import ModelConfig
 from raygpt.loss import linear_cross_entropy
 
-LAYER_NORM_EPS = 1e-5
+NORM_EPS = 1e-5
 INIT_STD = 0.02
+ROTARY_BASE = 10_000.0
+"""Su et al. 2021, section 3.2.2."""
+
+
+class Rotary(nn.Module):
+    """Turns pairs of (B, H, T, D) by angles that grow with the position, at D / 2 speeds."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        half = config.head_size // 2
+        speeds = ROTARY_BASE ** -(torch.arange(half, dtype=torch.float64) / half)
+        angles = torch.outer(torch.arange(config.block_size, dtype=torch.float64), speeds)
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        T = x.shape[-2]
+        cos, sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def build_norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:
+    """The norm before a branch, over the last dimension."""
+    if config.norm == "rms":
+        return nn.RMSNorm(config.n_embd, eps=NORM_EPS)
+    return nn.LayerNorm(config.n_embd, eps=NORM_EPS, bias=config.bias)
 
 
 class Attention(nn.Module):
@@ -31,13 +65,19 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.qk_norm = config.qk_norm
+        self.rotary = Rotary(config) if config.positions == "rotary" else None
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, C / H)
+        if self.rotary is not None:
+            q, k = self.rotary(q), self.rotary(k)
+        if self.qk_norm:
+            q, k = (F.rms_norm(x, x.shape[-1:]) for x in (q, k))
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -48,21 +88,23 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.squared = config.activation == "relu2"
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_fc(x)
+        return self.c_proj(F.relu(x).square() if self.squared else F.gelu(x, approximate="tanh"))
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each behind a LayerNorm and beside a residual."""
+    """One layer: attention and MLP, each behind a norm and beside a residual."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.ln_1 = build_norm(config)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.ln_2 = build_norm(config)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
@@ -72,16 +114,18 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embeddings, the layers and the last LayerNorm: all but the head."""
+    """Embeddings, the layers and the last norm: all but the head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.block_size = config.block_size
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe: nn.Embedding | None = None
+        if config.positions == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.ln_f = build_norm(config)
         self.checkpoint_activations = False
 
     def forward(self, idx: Tensor) -> Tensor:
@@ -93,8 +137,10 @@ class Transformer(nn.Module):
         T = idx.shape[1]
         if T > self.block_size:
             raise ValueError(f"{T} tokens are more than model.block_size {self.block_size}")
-        positions = torch.arange(T, device=idx.device)
-        x = self.drop(self.wte(idx) + self.wpe(positions))
+        x = self.wte(idx)
+        if self.wpe is not None:
+            x = x + self.wpe(torch.arange(T, device=idx.device))
+        x = self.drop(x)
         for block in self.h:
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)

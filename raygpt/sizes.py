@@ -6,8 +6,12 @@ from raygpt.config import ModelConfig
 def num_params(config: ModelConfig) -> int:
     """Parameters of a model that need not exist, tied weights counted once."""
     C = config.n_embd
-    block = 12 * C * C + 13 * C  # c_attn 3C²+3C, c_proj C²+C, MLP 8C²+5C, two LayerNorms 4C
-    return (config.vocab_size + config.block_size) * C + config.n_layer * block + 2 * C
+    norm = C if config.norm == "rms" or not config.bias else 2 * C
+    block = 12 * C * C + 2 * norm  # c_attn 3C², c_proj C², MLP 8C²
+    if config.bias:
+        block += 9 * C  # 3C, C, 5C
+    positions = config.block_size * C if config.positions == "learned" else 0
+    return config.vocab_size * C + positions + config.n_layer * block + norm
 
 
 def flops_per_token(config: ModelConfig) -> int:
@@ -18,5 +22,7 @@ def flops_per_token(config: ModelConfig) -> int:
     embedding counts, since it is the head's matrix.  Attention counts in full, not only
     its causal half.
     """
-    n = num_params(config) - config.block_size * config.n_embd
+    n = num_params(config)
+    if config.positions == "learned":
+        n -= config.block_size * config.n_embd
     return 6 * n + 12 * config.n_layer * config.n_embd * config.block_size

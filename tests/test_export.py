@@ -158,6 +158,17 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize(
+    "changed", [{"positions": "rotary"}, {"norm": "rms"}, {"qk_norm": True}, {"bias": False}]
+)
+def test_a_model_that_is_no_gpt2_stays_here(tmp_path: Path, changed: dict[str, Any]) -> None:
+    tokenizer = load_tokenizer("bytes")
+    config = ModelConfig(1, 2, 16, 8, 320, **changed)
+    with pytest.raises(UserError, match="not GPT-2's"):
+        export(GPT(config, tokenizer.n_vocab), config, tokenizer, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_tokenizer_must_be_the_models(tmp_path: Path) -> None:
     model = _model("bytes")
     with pytest.raises(UserError, match="tokenizer gpt2 has 50257 tokens, the model 257"):

@@ -38,6 +38,11 @@ CHANGED: dict[str, Any] = {
     "optim.betas": [0.8, 0.95],
     "optim.eps": 1e-6,
     "optim.grad_clip": 0.5,
+    "model.positions": "rotary",
+    "model.norm": "rms",
+    "model.qk_norm": True,
+    "model.activation": "relu2",
+    "model.bias": False,
     "train.seed": 1,
     "train.exact": True,
     "train.precision": "bf16",
@@ -104,6 +109,14 @@ def test_another_model_or_order_is_refused(config: Config, name: str) -> None:
     # And the other way round.
     message = refused(lambda: check_identity(before, saved(job)))
     assert f" {name} was {CHANGED[name]!r}, is {old!r};" in message
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(config: Config) -> None:
+    earlier = saved(resolve(config))
+    del earlier["model.norm"]
+    check_identity(resolve(config), earlier)
+    job = resolve(change(config, model__norm="rms"))
+    assert "model.norm was 'layer', is 'rms';" in refused(lambda: check_identity(job, earlier))
 
 
 def test_all_changes_are_told_at_once(config: Config) -> None:

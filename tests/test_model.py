@@ -1,6 +1,7 @@
 """The network: its shapes and numbers, and what padding the vocabulary may not change."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from raygpt.config import ModelConfig
-from raygpt.model import GPT
+from raygpt.model import GPT, Block, Rotary
 from raygpt.sizes import flops_per_token, num_params
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=32)
@@ -52,8 +53,72 @@ def test_loss_is_the_mean_cross_entropy_of_the_logits() -> None:
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-def test_a_token_sees_only_those_before_it() -> None:
-    model = _model().eval()
+MODERN = replace(TINY, positions="rotary", norm="rms", qk_norm=True, activation="relu2", bias=False)
+VARIANTS = [
+    replace(TINY, positions="rotary"), replace(TINY, norm="rms"), replace(TINY, qk_norm=True),
+    replace(TINY, activation="relu2"), replace(TINY, bias=False), MODERN,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_each_variant_has_its_size_and_learns(config: ModelConfig) -> None:
+    model = _model(config)
+    assert model.num_params() == num_params(config)
+    assert not any(name.endswith(".bias") for name in model.state_dict()) or config.bias
+    plain = _model()
+    assert not torch.equal(model(*_batch()), plain(*_batch())) or not config.bias
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = model(*_batch())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+def test_rotary_positions_are_relative() -> None:
+    """The product of two turned vectors depends on their distance alone, and their lengths stay."""
+    turn = Rotary(replace(TINY, positions="rotary", block_size=32))
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(1))
+    turned = torch.einsum(
+        "id,jd->ij", turn(q.expand(1, 1, 32, 8))[0, 0], turn(k.expand(1, 1, 32, 8))[0, 0]
+    )
+    for distance in range(-5, 6):
+        diagonal = turned.diagonal(distance)
+        assert torch.allclose(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5)
+    assert not torch.allclose(turned.diagonal(0)[:1], turned.diagonal(5)[:1], atol=1e-3)
+    assert torch.allclose(turn(q.expand(1, 1, 32, 8)).norm(dim=-1), q.norm().expand(32), atol=1e-5)
+
+
+def test_squared_relu_and_rms_norm_are_those_of_their_papers() -> None:
+    model = _model(MODERN).double()
+    x = torch.randn(3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    block = model.transformer.h[0]
+    assert isinstance(block, Block)
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert torch.allclose(block.ln_1(x), normed)
+    mlp = block.mlp
+    hidden = (x @ mlp.c_fc.weight.T).clamp(min=0) ** 2
+    assert torch.allclose(mlp(x), hidden @ mlp.c_proj.weight.T)
+
+
+def test_queries_and_keys_have_the_length_of_their_heads() -> None:
+    """So that their size cannot matter: scaling what makes them changes nothing."""
+    model, idx = _model(replace(TINY, qk_norm=True)), _batch()[0]
+    before = model(idx)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            assert isinstance(block, Block)
+            block.attn.c_attn.weight[: 2 * 16] *= 3
+            block.attn.c_attn.bias[: 2 * 16] *= 3
+    assert torch.allclose(model(idx), before, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [TINY, MODERN])
+def test_a_token_sees_only_those_before_it(config: ModelConfig) -> None:
+    model = _model(config).eval()
     idx, _ = _batch()
     changed = idx.clone()
     changed[:, 5] = (changed[:, 5] + 1) % 32
@@ -145,8 +210,9 @@ def test_a_bf16_model_has_an_fp32_loss() -> None:
     assert loss.dtype == torch.float32
 
 
-def test_layers_compile_in_one_graph_and_share_it() -> None:
-    model, plain = _model(n_vocab=27), _model(n_vocab=27)
+@pytest.mark.parametrize("config", [TINY, MODERN])
+def test_layers_compile_in_one_graph_and_share_it(config: ModelConfig) -> None:
+    model, plain = _model(config, n_vocab=27), _model(config, n_vocab=27)
     counter = CompileCounter()
     model.compile_blocks(backend=counter, fullgraph=True)
     assert torch.equal(model(*_batch(27)), plain(*_batch(27)))

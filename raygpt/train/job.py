@@ -256,6 +256,13 @@ def check_identity(job: Job, earlier: dict[str, Any]) -> None:
         UserError: names each setting with its old and its new value.
     """
     now = job.identity()
+    # A setting that an earlier raygpt did not have was what is its default now.
+    defaults = {
+        f"{section}.{name}": value
+        for section, values in to_dict(Config()).items()
+        for name, value in values.items()
+    }
+    earlier = {**{name: defaults[name] for name in now if name in defaults}, **earlier}
     changes = [
         f"{name} was {earlier.get(name)!r}, is {now.get(name)!r}"
         for name in {**earlier, **now}
