@@ -174,9 +174,16 @@ class OptimConfig:
     eps: float = 1e-8
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0 turns clipping off."""
+    matrices: Literal["adamw", "muon"] = "adamw"
+    """Optimizer of the layers' matrices; all else has AdamW."""
+    muon_lr: float = 0.02
+    """Rate of Muon where that of AdamW is optim.max_lr; they follow the same schedule."""
+    muon_momentum: float = 0.95
 
     def __post_init__(self) -> None:
-        _positive("optim", max_lr=self.max_lr, eps=self.eps)
+        _positive("optim", max_lr=self.max_lr, eps=self.eps, muon_lr=self.muon_lr)
+        if not 0 <= self.muon_momentum < 1:
+            raise UserError(f"optim.muon_momentum must lie in [0, 1), got {self.muon_momentum}")
         _not_negative(
             "optim", warmup_steps=self.warmup_steps, weight_decay=self.weight_decay,
             grad_clip=self.grad_clip, min_lr=self.min_lr or 0.0,

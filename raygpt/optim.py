@@ -1,7 +1,8 @@
 """AdamW as the GPT-3 paper uses it (Brown et al. 2020, appendix B), and the learning rate.
 
 The rate is a pure function of the tokens seen, so a resumed or ramped run has no schedule to
-restore.  What it gives up: other optimizers and other schedules.
+restore.  Matrices may have Muon instead, see ``muon.py``.  What it gives up: other optimizers and
+other schedules.
 """
 
 import math
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from raygpt.config import OptimConfig
+from raygpt.muon import MuonAdamW, muon_groups
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -25,11 +27,22 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool = True) -> torch.optim.AdamW:
     """AdamW over :func:`param_groups`; its rate is set before each step with :func:`set_lr`.
 
+    With ``optim.matrices`` muon, the layers' matrices are in groups of their own.
+
     Args:
         fused: one kernel for the whole update, which torch has for CPUs and NVIDIA GPUs.
     """
-    return torch.optim.AdamW(
-        param_groups(model, config.weight_decay),
+    groups = param_groups(model, config.weight_decay)
+    kind = torch.optim.AdamW
+    if config.matrices == "muon":
+        kind, scale = MuonAdamW, config.muon_lr / config.max_lr
+        muon = muon_groups(model, scale, config.muon_momentum, config.weight_decay)
+        taken = {id(p) for group in muon for p in group["params"]}
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in taken]
+        groups += muon
+    return kind(
+        groups,
         lr=config.max_lr,
         betas=config.betas,
         eps=config.eps,
@@ -38,9 +51,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool = True) -
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group."""
+    """Set the learning rate of every group, Muon's in proportion."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def lr_at(
