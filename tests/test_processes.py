@@ -1,5 +1,6 @@
 """Workers get processes that were started ahead; a new release of Ray may change that."""
 
+import contextlib
 import json
 import os
 import sys
@@ -44,34 +45,36 @@ def train(folder: Path, name: str) -> dict[str, Any]:
 
 
 def idle() -> set[int]:
-    """Processes that Ray has given to nobody yet."""
-    return {
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if (process.info["cmdline"] or [""])[0].startswith("ray::IDLE")
-    }
+    """Processes that the Ray of this test has given to nobody, and that have imported torch."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            waits = "".join(process.cmdline()).startswith("ray::IDLE")
+            if waits and any("libtorch" in mapped.path for mapped in process.memory_maps()):
+                found.add(process.pid)
+    return found
 
 
-def wait_for_idle(known: set[int]) -> int:
-    """The process that lies idle and is not known, once there is one."""
+def wait_for_idle() -> int:
+    """The process that lies idle, once there is one."""
     deadline = time.monotonic() + 60
-    while not idle() - known:
+    while not (found := idle()):
         assert time.monotonic() < deadline, "no process was started ahead"
         time.sleep(0.1)
-    (process,) = idle() - known
+    (process,) = found
     return process
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_workers_get_the_processes_that_were_started_ahead(tmp_path: Path) -> None:
-    known = idle()
+    assert not idle()
     start_ahead(1)
-    ahead = wait_for_idle(known)
+    ahead = wait_for_idle()
     first = train(tmp_path, "first")
     assert first["process"] == ahead
     assert first["imported"] == MODULES
     assert first["tunables"] == environment()["GLIBC_TUNABLES"]
-    spare = wait_for_idle(known)
+    spare = wait_for_idle()
     assert train(tmp_path, "second")["process"] == spare
 
 
