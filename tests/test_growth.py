@@ -1,5 +1,6 @@
 """What is known of the machines that a cluster may have; the rest is tried by test_autoscaling."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,26 @@ def test_machines_that_say_nothing_are_not_known(
 ) -> None:
     worker = {"resources": {}, "max_workers": 2}
     assert largest(monkeypatch, tmp_path, head=HEAD, worker=worker) is None
+
+
+@pytest.mark.parametrize(("kind", "grows"), [("node_1f0", False), ("worker", True)])
+def test_a_head_that_has_just_started_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, kind: str, grows: bool
+) -> None:
+    status = json.dumps({"autoscaler_report": {"active_nodes": {kind: 1}}}).encode()
+    answers = iter([None, b"", status])
+    monkeypatch.setattr(growth, "is_autoscaler_v2", lambda **_: False)
+    monkeypatch.setattr(growth, "_autoscaling_file", lambda: None)
+    monkeypatch.setattr(growth, "_internal_kv_get", lambda _: next(answers))
+    assert growth.can_grow() is grows
+
+
+def test_a_cluster_without_a_monitor_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "STATUS_SECONDS", 0.2)
+    monkeypatch.setattr(growth, "is_autoscaler_v2", lambda **_: False)
+    monkeypatch.setattr(growth, "_autoscaling_file", lambda: None)
+    monkeypatch.setattr(growth, "_internal_kv_get", lambda _: None)
+    assert not growth.can_grow()
 
 
 @pytest.mark.parametrize(

@@ -100,16 +100,19 @@ def _check_token(address: str) -> None:
                 ) from error
 
 
-def fit_scale(scale: ScaleConfig) -> ScaleConfig:
+def fit_scale(scale: ScaleConfig, alone: bool = False) -> ScaleConfig:
     """Settle ``gpus_per_worker`` and check that workers and their readers fit the cluster.
 
     Where the cluster can grow, what it can become counts, not what is there.
+
+    Args:
+        alone: Ray was started on this machine, for this job.
 
     Raises:
         UserError: the cluster is too small; says what it has.
     """
     shapes: list[Shape] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    grows = growth.can_grow()
+    grows = not alone and growth.can_grow()
     largest = growth.largest_cluster() if grows else None
     shapes = largest or shapes
     gpus = scale.gpus_per_worker

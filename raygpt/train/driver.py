@@ -66,7 +66,8 @@ def run(config: Config, dry_run: bool = False, began: float | None = None) -> No
     with ThreadPoolExecutor(1, "import") as executor:
         executor.submit(import_module, "torch")
         started = cluster.connect()
-    job = replace(job, config=replace(job.config, scale=cluster.fit_scale(job.config.scale)))
+    scale = cluster.fit_scale(job.config.scale, alone=started)
+    job = replace(job, config=replace(job.config, scale=scale))
     from raygpt.train import lead
 
     lead.train(job, console, began, rows, warn, step, spares=not started)

@@ -7,6 +7,7 @@ that there is one.
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from ray.experimental.internal_kv import _internal_kv_get
 
 Shape = dict[str, float]
 """Resources of a machine."""
+STATUS_SECONDS = 10.0
+"""Ray's monitor reports every five."""
 _PROC = Path("/proc")
 _OPTION = b"--autoscaling-config="
 _STATIC_TYPE = "node_"
@@ -25,11 +28,18 @@ _STATIC_TYPE = "node_"
 
 
 def can_grow() -> bool:
-    """Whether this cluster has an autoscaler that starts machines."""
-    if is_autoscaler_v2(fetch_from_server=True):
+    """Whether this cluster has an autoscaler that starts machines.
+
+    A head that has just started is given a while to say so.
+    """
+    if is_autoscaler_v2(fetch_from_server=True) or _autoscaling_file() is not None:
         return True
-    status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
-    types = (status.get("autoscaler_report") or {}).get("active_nodes", {})
+    deadline = time.monotonic() + STATUS_SECONDS
+    while not (status := _internal_kv_get(DEBUG_AUTOSCALING_STATUS)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    types = (json.loads(status).get("autoscaler_report") or {}).get("active_nodes", {})
     return any(not name.startswith(_STATIC_TYPE) for name in types)
 
 

@@ -3,8 +3,8 @@
 A process takes seconds until it can train, nearly all of them to import torch and Ray Train.  Ray
 keeps idle processes, and gives one to a worker whose runtime environment is the same to the last
 character.  So processes are started ahead: for the first group where this driver started Ray
-itself, beside all else that starts then; on a cluster, once a group trains, one spare for each of
-its workers, for the group that follows when a machine is lost.
+itself, beside all else that starts then; on a cluster, once a group has trained for a while, one
+spare for each of its workers, for the group that follows when a machine is lost.
 
 What it gives up: to be independent of Ray's insides.  Should they change, the processes lie idle
 and workers start as slowly as without them.
@@ -12,6 +12,7 @@ and workers start as slowly as without them.
 
 import json
 import os
+import threading
 from importlib import import_module
 from typing import Any
 
@@ -38,6 +39,8 @@ _ENVIRONMENT = {
     "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in _MALLOC.items()),
     WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.import_all",
 }
+SPARE_AFTER_SECONDS = 20.0
+"""A spare takes the time of its imports from the workers, where they have all CPUs."""
 _SPARE_SECONDS = 30 * 24 * 3600
 _ASK_SECONDS = 10.0
 
@@ -69,6 +72,13 @@ def start_ahead(count: int) -> None:
 def start_spare() -> None:
     """Start a process like this worker's own on its node, for a worker of a later group."""
     _start(ray.get_runtime_context().get_runtime_env_string(), 1)
+
+
+def start_spare_later() -> None:
+    """:func:`start_spare` after a while, in the background."""
+    timer = threading.Timer(SPARE_AFTER_SECONDS, start_spare)
+    timer.daemon = True
+    timer.start()
 
 
 def _start(runtime_env: str, count: int) -> None:

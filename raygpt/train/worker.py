@@ -33,7 +33,7 @@ from raygpt.train.gauges import Gauges
 from raygpt.train.host import check_reachable, gather_machines
 from raygpt.train.job import Job
 from raygpt.train.listener import Listener
-from raygpt.train.processes import start_spare
+from raygpt.train.processes import start_spare_later
 from raygpt.train.profile import Profiler
 from raygpt.train.progress import RunLog, StepRecord
 from raygpt.train.records import Recorder
@@ -387,7 +387,7 @@ class Worker:
             record.metrics["restart_ms"] = restart_ms(marks, self.log.last_kept, self.log.lost, now)
             self._mark(TRAIN, now)
         if not self.trained and self.spares:
-            threading.Thread(target=start_spare, name="spare", daemon=True).start()
+            start_spare_later()
         self.trained = True
         return record
 
