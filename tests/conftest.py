@@ -13,6 +13,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",  # two test processes share few cores, and sums depend on it
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",  # at Ray's 15 they starve beside the tests of the other process
     # One token for all clusters of a test run. Ray would make one in the home folder, and two
     # test processes that start at once would overwrite each other's.
     RAY_AUTH_MODE="token",

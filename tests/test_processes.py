@@ -13,7 +13,14 @@ import pytest
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from raygpt.train.processes import environment, import_all, start_ahead, start_spare
+from raygpt.config import ScaleConfig
+from raygpt.train.processes import (
+    environment,
+    first_places,
+    import_all,
+    start_ahead,
+    start_spare,
+)
 
 MODULES = ["torch._dynamo", "raygpt.train.worker"]
 
@@ -68,7 +75,7 @@ def wait_for_idle() -> int:
 @pytest.mark.usefixtures("ray_session")
 def test_workers_get_the_processes_that_were_started_ahead(tmp_path: Path) -> None:
     assert not idle()
-    start_ahead(1)
+    start_ahead(ScaleConfig("1"))
     ahead = wait_for_idle()
     first = train(tmp_path, "first")
     assert first["process"] == ahead
@@ -86,3 +93,22 @@ def test_an_environment_of_ones_own_goes_first(monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_imported_ahead_is_there() -> None:
     import_all()
     assert all(name in sys.modules for name in MODULES)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "expected"),
+    [
+        ([2], "2", {0: 2}),
+        ([8], "2", {0: 2}),
+        ([0, 2, 1], "3", {1: 2, 2: 1}),
+        ([0, 2, 1], "1:4", {1: 2, 2: 1}),
+        ([2, 2], "2", {}),  # both on one of them, or not
+    ],
+)
+def test_where_the_first_workers_will_be(
+    cpus: list[int], workers: str, expected: dict[int, int]
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": n}, "number": i} for i, n in enumerate(cpus)]
+    gone = {"Alive": False, "Resources": {"CPU": 9}, "number": -1}
+    places = first_places([gone, *nodes], ScaleConfig(workers, gpus_per_worker=0))
+    assert {node["number"]: count for node, count in places} == expected

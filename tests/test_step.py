@@ -1,6 +1,7 @@
 """The canonical sum: one result, bit for bit, for every number of workers."""
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ from raygpt.train.step import Stepper
 
 LANES, STEPS, MICRO, LR, CLIP, SEED = 8, 5, 2, 1e-2, 0.5, 7
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=72, dropout=0.1)
+MODERN = replace(
+    MODEL, positions="rotary", norm="rms", qk_norm=True, activation="relu2", bias=False
+)
 SEGMENTS = Segments(3, 3 + STEPS, 2, LANES)
 
 
@@ -31,10 +35,10 @@ def windows(step: int, lane: int) -> np.ndarray:
     return generator.integers(0, 65, (step - 1, MODEL.block_size + 1)).astype(np.uint16)
 
 
-def build() -> tuple[GPT, torch.optim.Optimizer]:
+def build(modern: bool = False) -> tuple[GPT, torch.optim.Optimizer]:
     torch.manual_seed(SEED)
-    model = GPT(MODEL, 65)
-    return model, build_optimizer(model, OptimConfig())
+    model = GPT(MODERN if modern else MODEL, 65)
+    return model, build_optimizer(model, OptimConfig(matrices="muon" if modern else "adamw"))
 
 
 def weights(model: GPT) -> str:
@@ -42,10 +46,10 @@ def weights(model: GPT) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def train(poisoned_step: int = -1) -> list[Any]:
+def train(poisoned_step: int = -1, modern: bool = False) -> list[Any]:
     """A few steps on this process's lanes: of each its loss, norm and hash; then the weights."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    model, optimizer = build()
+    model, optimizer = build(modern)
     # Buckets much smaller than the model, so that there are several.
     ddp = DistributedDataParallel(
         model, gradient_as_bucket_view=True, forward_sync_buffers=False, bucket_cap_mb=0.02
@@ -127,6 +131,13 @@ def test_every_number_of_workers_gives_the_same_bits(
     world_size: int, one_worker: list[Any]
 ) -> None:
     assert on_workers(world_size, train) == [one_worker] * world_size
+
+
+def test_the_modern_recipe_keeps_its_bits(one_worker: list[Any]) -> None:
+    (alone,) = on_workers(1, train, -1, True)
+    assert alone[-1] != one_worker[-1]
+    for world_size in (2, 3):
+        assert on_workers(world_size, train, -1, True) == [alone] * world_size
 
 
 def test_a_step_that_is_not_finite_is_skipped_by_all(one_worker: list[Any]) -> None:

@@ -123,19 +123,19 @@ def fit_scale(scale: ScaleConfig, alone: bool = False) -> ScaleConfig:
                 "scale.gpus_per_worker must be given, 0 or 1: the cluster grows, and what machines "
                 "it will have is not known here"
             )
-    room = sum(_room(shape, scale.cpus_per_worker, gpus) for shape in shapes)
-    if room < scale.min_workers and (largest or not grows):
+    rooms = sum(room(shape, scale.cpus_per_worker, gpus) for shape in shapes)
+    if rooms < scale.min_workers and (largest or not grows):
         has = ", ".join(f"{s.get('CPU', 0):g} CPUs and {s.get('GPU', 0):g} GPUs" for s in shapes)
         where = "it can grow to nodes with" if largest else "its nodes have"
         raise UserError(
-            f"scale.workers {scale.workers}: the cluster has room for {room} workers of "
+            f"scale.workers {scale.workers}: the cluster has room for {rooms} workers of "
             f"{scale.cpus_per_worker:g} CPUs and {gpus} GPUs ({where} {has}); lower "
             "scale.workers or scale.cpus_per_worker, or add nodes"
         )
     return replace(scale, gpus_per_worker=gpus)
 
 
-def _room(resources: dict[str, Any], cpus: float, gpus: int) -> int:
+def room(resources: dict[str, Any], cpus: float, gpus: int | None) -> int:
     """Workers that fit into one node."""
-    room = math.floor(resources.get("CPU", 0) / cpus + 1e-9)
-    return min(room, math.floor(resources.get("GPU", 0) / gpus)) if gpus else room
+    fitting = math.floor(resources.get("CPU", 0) / cpus + 1e-9)
+    return min(fitting, math.floor(resources.get("GPU", 0) / gpus)) if gpus else fitting

@@ -36,7 +36,7 @@ def train(
         began: unix time at which the job began.
         rows: the plan, for the report.
         warn: says a text once.
-        spares: keep processes ready for workers that come later; else, for the first ones.
+        spares: keep processes ready for workers that come later.
 
     Raises:
         UserError: something that only workers or the cluster could find.
@@ -47,8 +47,7 @@ def train(
         f"asking for {scale.workers} workers of {scale.cpus_per_worker:g} CPUs and "
         f"{scale.gpus_per_worker} GPUs ...",
     )
-    if not spares:
-        processes.start_ahead(scale.max_workers)
+    processes.start_ahead(scale)
     control = start_control(job.run, began)
     job.run.write_bytes(CONFIG, json.dumps(job.settings(), indent=1).encode())
     chronicler = Chronicler(job, rows, warn)
