@@ -10,20 +10,21 @@ import argparse
 from pathlib import Path
 
 from benchmarks import loss, malloc, start, step
-from benchmarks.turns import add_rounds, machine, rounds
+from benchmarks.turns import machine
 
 HEAD = ["what", "raygpt", "compared with", "that", "ratio"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_rounds(parser, usual=2, short=2)
+    parser.add_argument("--rounds", type=int, default=2, help="two at least, for the quartiles")
     parser.add_argument("--output", type=Path, help="a file for the table")
     arguments = parser.parse_args()
-    asked = rounds(parser, arguments)
+    if arguments.rounds < 2:
+        parser.error("--rounds: two at least, for the quartiles")
     lines = [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
     for module in (loss, malloc, start, step):
-        for row in module.rows(asked):
+        for row in module.rows(arguments.rounds):
             print(row, flush=True)
             lines.append(f"| {' | '.join(row)} |")
     table = "\n".join([*lines, "", f"Measured on {machine()}."])

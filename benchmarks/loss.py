@@ -10,12 +10,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.turns import Row, add_rounds, machine, ratio, rounds, turns
+from benchmarks.turns import Row, add_rounds, in_turns, machine, ratio, rounds
 from raygpt.loss import linear_cross_entropy
 
 SIZES = [(1024, 128, 50304, 50257), (1024, 768, 50304, 50257), (2048, 384, 320, 257)]
@@ -47,23 +48,25 @@ def sides(n: int, c: int, v: int, used: int) -> dict[str, Callable[[], None]]:
     }
 
 
+def ms(function: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    function()
+    return 1000 * (time.perf_counter() - began)
+
+
 def rows(asked: int, threads: int = 1) -> Iterator[Row]:
     torch.set_num_threads(threads)
     for size in SIZES:
         functions = sides(*size)
-        times: dict[str, list[float]] = {name: [] for name in functions}
-        for side in turns(len(functions), asked + 1):
-            name = list(functions)[side]
-            began = time.perf_counter()
-            functions[name]()
-            times[name].append(1000 * (time.perf_counter() - began))
-        medians = {name: statistics.median(took[1:]) for name, took in times.items()}  # warm
+        took = in_turns([partial(ms, function) for function in functions.values()], asked + 1)
+        times = {name: t[1:] for name, t in zip(functions, took, strict=True)}  # warm
+        medians = {name: statistics.median(t) for name, t in times.items()}
         yield Row(
             f"head and loss, {size[0]:,} tokens of {size[1]}, {size[2]:,} words",
             f"{medians['raygpt']:.1f} ms",
             f"torch's (the products alone {medians['products alone']:.1f} ms)",
             f"{medians['torch']:.1f} ms",
-            ratio(times["torch"][1:], times["raygpt"][1:]),
+            ratio(times["torch"], times["raygpt"]),
         )
 
 

@@ -16,10 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from benchmarks.turns import Row, add_rounds, machine, ratio, rounds, turns
+from benchmarks.turns import Row, add_rounds, in_turns, machine, ratio, rounds
 from raygpt.config import ModelConfig
 from raygpt.model import GPT
 from raygpt.train.processes import environment
@@ -64,9 +65,7 @@ def turn(name: str, kept: bool) -> tuple[float, float]:
 
 def rows(asked: int) -> Iterator[Row]:
     for name in CASES:
-        sides: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
-        for side in turns(2, asked):
-            sides[side].append(turn(name, kept=side == 0))
+        sides = in_turns([partial(turn, name, True), partial(turn, name, False)], asked)
         (kept, kept_faults), (plain, plain_faults) = (
             map(statistics.median, zip(*side, strict=True)) for side in sides
         )

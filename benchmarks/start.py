@@ -11,23 +11,27 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from benchmarks.step import Case, Sides
-from benchmarks.turns import Row, add_rounds, machine, ratio, rounds, turns
+from benchmarks.turns import Row, add_rounds, in_turns, machine, ratio, rounds
 from raygpt.config import ModelConfig
 
 CASE = Case("bytes", ModelConfig(3, 4, 128, 64, 320), 2, 1, 12, 6, 2, 0)
 
 
+def wait(side: Callable[[], list[float]]) -> float:
+    """Seconds until the first step has ended."""
+    began = time.time()
+    return side()[0] - began
+
+
 def rows(asked: int) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         sides = Sides(CASE, Path(folder))
-        seconds: tuple[list[float], list[float]] = ([], [])
-        for side in turns(2, asked):
-            began = time.time()
-            seconds[side].append((sides.ours, sides.plain)[side]()[0] - began)
+        seconds = in_turns([partial(wait, sides.ours), partial(wait, sides.plain)], asked)
     ours, plain = map(statistics.median, seconds)
     yield Row(
         "command to first step, two workers",

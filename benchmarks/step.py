@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.turns import Row, add_rounds, machine, ratio, rounds, turns
+from benchmarks.turns import Row, add_rounds, in_turns, machine, ratio, rounds
 from raygpt.config import ModelConfig
 from raygpt.data.prepare import prepare
 from raygpt.data.tokenizer import load_tokenizer
@@ -126,9 +126,8 @@ def rows(asked: int, cases: Iterable[str] = CASES) -> Iterator[Row]:
     for name in cases:
         with tempfile.TemporaryDirectory() as folder:
             sides = Sides(CASES[name], Path(folder))
-            speeds: tuple[list[float], list[float]] = ([], [])
-            for side in turns(2, asked):
-                speeds[side].append(speed(CASES[name], (sides.ours, sides.plain)[side]()))
+            times = in_turns([sides.ours, sides.plain], asked)
+        speeds = [[speed(CASES[name], t) for t in side] for side in times]
         ours, plain = map(statistics.median, speeds)
         yield Row(
             f"training, {name}",

@@ -3,12 +3,14 @@
 import argparse
 import os
 import statistics
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from raygpt.device import cpu_kind
+
+_Value = TypeVar("_Value")
 
 
 class Row(NamedTuple):
@@ -51,6 +53,14 @@ def turns(sides: int, rounds: int) -> Iterator[int]:
     """Whose turn it is, round after round; sides take turns to begin."""
     for turn in range(rounds):
         yield from range(sides)[:: -1 if turn % 2 else 1]
+
+
+def in_turns(sides: Sequence[Callable[[], _Value]], rounds: int) -> list[list[_Value]]:
+    """Of each side, what it returned in each round."""
+    found: list[list[_Value]] = [[] for _ in sides]
+    for side in turns(len(sides), rounds):
+        found[side].append(sides[side]())
+    return found
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> str:

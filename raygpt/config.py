@@ -220,7 +220,7 @@ class TrainConfig:
     """torch.compile the layers of the model."""
     activation_checkpointing: bool = False
     """Keep only what goes into each layer, and compute the rest again for the gradient: less
-    memory, a third more time, the same numbers."""
+    memory, more time, the same numbers."""
     log_every: int = 1
     eval_every: int = 250
     """Steps between validations; 0 validates at the end only."""
@@ -266,7 +266,6 @@ class ScaleConfig:
         if self.gpus_per_worker not in (None, 0, 1):
             raise UserError(f"scale.gpus_per_worker must be 0 or 1, got {self.gpus_per_worker}")
         _positive("scale", cpus_per_worker=self.cpus_per_worker, threads=self.threads)
-
         if self.cpus_per_worker <= READER_CPUS:
             raise UserError(
                 f"scale.cpus_per_worker {self.cpus_per_worker:g} must be above {READER_CPUS}, the "

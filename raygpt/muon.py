@@ -29,17 +29,19 @@ def muon_groups(
     model: nn.Module, lr_scale: float, momentum: float, weight_decay: float
 ) -> list[dict[str, Any]]:
     """Groups for :class:`MuonAdamW`: queries, keys and values lie in one matrix, and are three."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and is_for_muon(n)]
-    split = {True: 3, False: 1}
+    found: dict[int, list[Tensor]] = {3: [], 1: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and is_for_muon(name):
+            found[3 if name.endswith("c_attn.weight") else 1].append(parameter)
     return [
         {
-            "params": [p for n, p in named if n.endswith("c_attn.weight") == attention],
+            "params": parameters,
             "weight_decay": weight_decay,
             "lr_scale": lr_scale,
             "muon_momentum": momentum,
             "muon_parts": parts,
         }
-        for attention, parts in split.items()
+        for parts, parameters in found.items()
     ]
 
 

@@ -159,7 +159,14 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"positions": "rotary"}, {"norm": "rms"}, {"qk_norm": True}, {"bias": False}]
+    "changed",
+    [
+        {"positions": "rotary"},
+        {"norm": "rms"},
+        {"qk_norm": True},
+        {"bias": False},
+        {"activation": "relu2"},
+    ],
 )
 def test_a_model_that_is_no_gpt2_stays_here(tmp_path: Path, changed: dict[str, Any]) -> None:
     tokenizer = load_tokenizer("bytes")

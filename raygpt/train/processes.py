@@ -48,7 +48,7 @@ SPARE_AFTER_SECONDS = 20.0
 """A spare takes the time of its imports from the workers, where they have all CPUs."""
 _SPARE_SECONDS = 30 * 24 * 3600
 _AHEAD_SECONDS = 120
-_ASK_SECONDS = 10.0
+_ASK_SECONDS = 2.0  # nobody waits long for a node that does not answer
 
 
 def environment() -> dict[str, str]:

@@ -14,7 +14,6 @@ from typing import Any
 import ray
 import ray.train
 import torch
-import torch.distributed as dist
 
 from raygpt import device as devices
 from raygpt.data.corpus import open_corpus
@@ -38,6 +37,7 @@ from raygpt.train.profile import Profiler
 from raygpt.train.progress import RunLog, StepRecord
 from raygpt.train.records import Recorder
 from raygpt.train.reduce import data_parallel
+from raygpt.train.resume import resume
 from raygpt.train.saver import Saver
 from raygpt.train.step import Stepper, StepResult
 from raygpt.train.straggler import Stragglers
@@ -83,7 +83,15 @@ class Worker:
         torch.manual_seed(config.train.seed)
         self.model = GPT(config.model, job.n_vocab).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.position = self._restore()
+        self.position, self.rescued = resume(
+            job.run,
+            self.model,
+            self.optimizer,
+            listener,
+            quiet=self.rank > 0,
+            device=self.device,
+            patience=config.run.storage_patience,
+        )
         if config.train.activation_checkpointing:
             self.model.checkpoint_activations()
         if config.train.compile:
@@ -258,37 +266,6 @@ class Worker:
         shard = ray.train.get_dataset_shard("train")
         blocks = stream_blocks(shard)
         return lane_steps(self.reader, self.segments, self.rank, self.world_size, blocks)
-
-    def _restore(self) -> Position:
-        """Load the latest checkpoint, if there is one; the same on every worker.
-
-        Raises:
-            MakeWay: it is damaged; the next group of workers goes on from the one before it.
-            RuntimeError: workers see different ones; a restart looks again.
-        """
-        control, patience = self.listener.control, self.config.run.storage_patience
-        tell = self.listener.say if self.rank == 0 else lambda _: None
-        damaged: Any = ray.get(control.damaged.remote())
-        checkpoint = patiently(lambda: checkpoints.latest(self.job.run, tell, damaged), patience)
-        position = Position()
-        self.rescued: list[StepRecord] = []
-        if checkpoint is not None:
-            try:
-                patiently(lambda: state.restore(checkpoint, self.model, self.optimizer), patience)
-            except checkpoints.DamagedCheckpoint as error:
-                # The others and the stream would begin there, so all begin again.
-                text = f"{error}; {checkpoints.PASSED_OVER}"
-                ray.get(control.distrust.remote(checkpoint.position.step, text))
-                raise MakeWay(str(error)) from None
-            position = checkpoint.position
-            self.rescued = [StepRecord(**s) for s in checkpoint.metadata.get("steps", [])]
-        ends = torch.tensor([position.step, -position.step], device=self.device)
-        dist.all_reduce(ends, dist.ReduceOp.MAX)
-        last, first = ends[0].item(), -ends[1].item()
-        if first != last:
-            raise RuntimeError(f"workers see different checkpoints of {self.job.run}: steps "
-                               f"{first} to {last}")  # fmt: skip
-        return position
 
     def _advance(self, result: StepResult, tokens: int) -> None:
         """Count the step; the same on every worker."""
