@@ -1,6 +1,5 @@
 """Workers get processes that were started ahead; a new release of Ray may change that."""
 
-import contextlib
 import json
 import os
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import ray.train
+from head import ready
 from ray.train.torch import TorchTrainer
 
 from raygpt.config import ScaleConfig
@@ -52,14 +52,8 @@ def train(folder: Path, name: str) -> dict[str, Any]:
 
 
 def idle() -> set[int]:
-    """Processes that the Ray of this test has given to nobody, and that have imported torch."""
-    found = set()
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            waits = "".join(process.cmdline()).startswith("ray::IDLE")
-            if waits and any("libtorch" in mapped.path for mapped in process.memory_maps()):
-                found.add(process.pid)
-    return found
+    """Of the Ray of this test."""
+    return ready(psutil.Process().children(recursive=True))
 
 
 def wait_for_idle() -> int:
