@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from benchmarks.turns import Row, add_rounds, in_turns, machine, ratio, rounds
 from raygpt.config import ModelConfig
 from raygpt.data.prepare import prepare
 from raygpt.data.tokenizer import load_tokenizer
+from raygpt.sizes import flops_per_token
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,7 +63,9 @@ class Sides:
     """Both commands for a case."""
 
     def __init__(self, case: Case, folder: Path) -> None:
-        self._case, self._folder, self._runs = case, folder, 0
+        self._case, self._folder = case, folder
+        self.metrics: list[list[dict[str, Any]]] = []
+        """Of each run of raygpt, the lines of metrics.jsonl."""
         text = resources.files("raygpt") / "assets" / "tinyshakespeare.txt"
         with resources.as_file(text) as file:
             self._corpus = str(folder / "corpus")
@@ -69,26 +73,42 @@ class Sides:
             tokens = load_tokenizer(case.tokenizer).encode(file.read_text())
         np.array(tokens, np.uint16).tofile(folder / "tokens.bin")
 
-    def ours(self) -> list[float]:
-        """Unix times at which steps ended."""
-        case, self._runs = self._case, self._runs + 1
+    def ours(self, *more: str) -> list[float]:
+        """Unix times at which steps ended.
+
+        Args:
+            more: further settings, as on the command line.
+        """
+        case, name = self._case, str(len(self.metrics))
         model = [f"--model.{name}={value}" for name, value in asdict(case.model).items()]
         tokens = case.windows * case.model.block_size
         self._call(
             *(sys.executable, "jobs/train.py", *model, f"--data.corpus={self._corpus}"),
-            *(f"--run.storage={self._folder}", f"--run.name={self._runs}"),
+            *(f"--run.storage={self._folder}", f"--run.name={name}"),
             *(f"--batch.tokens={tokens}", f"--batch.lanes={case.workers}"),
             *(f"--batch.micro={case.micro}", f"--train.steps={case.steps}"),
             *("--train.eval_tokens=0", "--train.sample_prompt=", "--train.log_every=10"),
             *("--train.checkpoint_every=100000", "--train.precision=fp32"),
             "--scale.gpus_per_worker=0",
-            *(f"--scale.workers={case.workers}", f"--scale.threads={case.threads}"),
+            *(f"--scale.workers={case.workers}", f"--scale.threads={case.threads}", *more),
         )
-        lines = (self._folder / str(self._runs) / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["time"] for line in lines]
+        lines = (self._folder / name / "metrics.jsonl").read_text().splitlines()
+        self.metrics.append([json.loads(line) for line in lines])
+        return [row["time"] for row in self.metrics[-1]]
 
     def plain(self) -> list[float]:
         """Unix times at which steps ended."""
+        return self.torchrun("plain_ddp.py")
+
+    def torchrun(self, script: str) -> list[float]:
+        """The times that a script of this folder wrote on all workers, which torchrun started."""
+        return self.script(
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *(f"--nproc-per-node={self._case.workers}", f"benchmarks/{script}"),
+        )
+
+    def script(self, *command: str) -> list[float]:
+        """The times that a command wrote, which gets a file of settings as its last argument."""
         case = self._case
         settings = {
             "model": asdict(case.model),
@@ -101,10 +121,7 @@ class Sides:
         }
         file = self._folder / "settings.json"
         file.write_text(json.dumps(settings))
-        self._call(
-            *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={case.workers}"),
-            *("benchmarks/plain_ddp.py", str(file)),
-        )
+        self._call(*command, str(file))
         times: list[float] = json.loads((self._folder / "times.json").read_text())
         return times
 
@@ -122,6 +139,11 @@ def speed(case: Case, times: list[float]) -> float:
     return tokens * (len(warm) - 1) / (warm[-1] - warm[0])
 
 
+def share_of_machine(case: Case, metrics: list[dict[str, Any]]) -> float:
+    """Model FLOPs utilisation over the warm steps of a run."""
+    return statistics.median(row["mfu"] for row in metrics[case.warm_up :])
+
+
 def rows(asked: int, cases: Iterable[str] = CASES) -> Iterator[Row]:
     for name in cases:
         with tempfile.TemporaryDirectory() as folder:
@@ -135,6 +157,17 @@ def rows(asked: int, cases: Iterable[str] = CASES) -> Iterator[Row]:
             "torchrun, DDP",
             f"{plain:,.0f} tokens/s",
             ratio(*speeds),
+        )
+        shares = [share_of_machine(CASES[name], metrics) for metrics in sides.metrics]
+        flops = [
+            s * flops_per_token(CASES[name].model) for s in speeds[0]
+        ]
+        yield Row(
+            f"share of the machine, {name}",
+            f"{statistics.median(flops) / 1e9:.0f} GFLOP/s",
+            "matrix products on the same cores",
+            f"{statistics.median(f / s for f, s in zip(flops, shares, strict=True)) / 1e9:.0f} GFLOP/s",
+            ratio(shares, [1.0] * len(shares)),
         )
 
 

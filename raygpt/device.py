@@ -149,6 +149,26 @@ def peak_flops_of(name: str, dtype: torch.dtype) -> float | None:
     return None
 
 
+def check_compiler(device: torch.device) -> None:
+    """See that this machine can compile layers.
+
+    Raises:
+        UserError: it has no C++ compiler, which torch.compile needs for a CPU.
+    """
+    if device.type == "cuda":
+        return  # Triton brings its own
+    from torch._inductor.cpp_builder import get_cpp_compiler  # here, since it takes a second
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UserError(
+            "train.compile needs a C++ compiler for a CPU, and this machine has none that works; "
+            "install g++ there, or leave train.compile out"
+        ) from error
+
+
 def memory_bytes(device: torch.device) -> int:
     """Memory of the GPU, or of the machine as far as this container may use it."""
     if device.type == "cuda":

@@ -10,6 +10,8 @@ worker makes the same update from the same gradient, so the weights are the same
 What it gives up: sharing the iterations among workers.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _EPS = 1e-7
+_STACK_ELEMENTS = 2**24
+"""Of the matrices that go through the iterations at once; bounds their memory."""
 
 
 def is_for_muon(name: str) -> bool:
@@ -45,6 +49,36 @@ def muon_groups(
     ]
 
 
+@dataclass
+class _Matrix:
+    """One matrix of a parameter, and what its update is made from; all of one shape are one stack.
+
+    Tall ones are turned on their side, so that they share a stack with the wide ones.
+    """
+
+    weight: Tensor
+    ahead: Tensor
+    group: dict[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = sorted(self.weight.shape)
+        return rows, columns
+
+    @property
+    def wide(self) -> Tensor:
+        rows, columns = self.weight.shape
+        return self.ahead if rows <= columns else self.ahead.mT
+
+    def apply(self, wide: Tensor) -> None:
+        """Take the step, given the update as :attr:`wide` has it."""
+        rows, columns = self.weight.shape
+        lr = self.group["lr"]
+        self.weight.mul_(1 - lr * self.group["weight_decay"])
+        update = wide if rows <= columns else wide.mT
+        self.weight.add_(update, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+
+
 class MuonAdamW(torch.optim.AdamW):
     """AdamW, but for the groups that have ``muon_parts``: how many matrices lie in a parameter."""
 
@@ -52,44 +86,50 @@ class MuonAdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
         groups = self.param_groups
+        stacks: dict[tuple[int, int], list[_Matrix]] = {}
         for group in groups:
             if group.get("muon_parts"):
-                for parameter in group["params"]:
-                    self._update(parameter, group)
+                for matrix in self._matrices(group):
+                    stacks.setdefault(matrix.shape, []).append(matrix)
+        for (rows, columns), stack in stacks.items():
+            most = max(1, _STACK_ELEMENTS // (rows * columns))
+            for first in range(0, len(stack), most):
+                part = stack[first : first + most]
+                updates = orthogonal(torch.stack([matrix.wide for matrix in part]))
+                for matrix, update in zip(part, updates, strict=True):
+                    matrix.apply(update)
         try:
             self.param_groups = [g for g in groups if not g.get("muon_parts")]
             super().step(closure)
         finally:
             self.param_groups = groups
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        gradient = parameter.grad
-        if gradient is None:
-            return
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())  # AdamW counts, and looks for it in all that it loads
-            state["momentum"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        momentum: Tensor = state["momentum"]
-        momentum.lerp_(gradient, 1 - group["muon_momentum"])
-        ahead = gradient.lerp(momentum, group["muon_momentum"])  # Nesterov's
-        rows, columns = parameter.shape
-        parts = ahead.view(group["muon_parts"], rows // group["muon_parts"], columns)
-        update = orthogonal(parts)
-        scale = max(1.0, parts.shape[1] / columns) ** 0.5
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update.reshape(rows, columns), alpha=-group["lr"] * scale)
+    def _matrices(self, group: dict[str, Any]) -> Iterator[_Matrix]:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros(())  # AdamW counts, and looks for it in all it loads
+                state["momentum"] = torch.zeros_like(parameter)
+            state["step"] += 1
+            momentum: Tensor = state["momentum"]
+            momentum.lerp_(gradient, 1 - group["muon_momentum"])
+            ahead = gradient.lerp(momentum, group["muon_momentum"])  # Nesterov's
+            parts = group["muon_parts"]
+            for weight, update in zip(parameter.chunk(parts), ahead.chunk(parts), strict=True):
+                yield _Matrix(weight, update, group)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (n, rows, columns) with the same singular vectors, and singular values near one."""
+    """Wide matrices (n, rows, columns), rows <= columns, with the same singular vectors, and
+    singular values near one."""
     a, b, c = _COEFFICIENTS
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + _EPS)
-    wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.mT).to(matrices.dtype)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.to(matrices.dtype)

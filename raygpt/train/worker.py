@@ -27,6 +27,7 @@ from raygpt.storage import patiently
 from raygpt.train import checkpoints, notice, state
 from raygpt.train.checkpoints import Position
 from raygpt.train.control import STOP, MakeWay
+from raygpt.train.compiled import CompiledLayers
 from raygpt.train.garbage import Garbage
 from raygpt.train.gauges import Gauges
 from raygpt.train.host import check_reachable, gather_machines
@@ -94,7 +95,11 @@ class Worker:
         )
         if config.train.activation_checkpointing:
             self.model.checkpoint_activations()
+        self.compiled: CompiledLayers | None = None
         if config.train.compile:
+            devices.check_compiler(self.device)
+            self.compiled = CompiledLayers(job.run, self.device, listener.say)
+            self.compiled.fetch()
             self.model.compile_blocks()
         self.ddp = data_parallel(self.model)
         patience = config.run.storage_patience
@@ -329,6 +334,8 @@ class Worker:
         with self.state_lock:
             self.unsaved = [r for r in self.unsaved if r.metrics["step"] >= position.step]
         self.gauges.has_saved()
+        if self.compiled is not None and self.rank == 0:
+            self.compiled.keep()
         reported = None
         if checkpoint is not None:
             storage = ray.train.get_context().get_storage()

@@ -1,0 +1,59 @@
+"""What a run does beside its steps, as shares of them: waiting for data, logging, checkpoints.
+
+    python -m benchmarks.shares [--short] [--rounds 5]
+
+Whole jobs, with a checkpoint every 20 steps; the figures are those that each line of a run's
+metrics.jsonl accounts for.  ``logging`` is all that lies between steps and has no name of its own.
+A checkpoint is written beside the steps after it, and may slow them down: what it costs them,
+:mod:`benchmarks.checkpoint` measures.
+"""
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.step import CASES, Sides
+from benchmarks.turns import Row, add_rounds, machine, rounds
+
+KINDS = {
+    "waiting for data": "data_wait_ms",
+    "logging": "other_ms",
+    "checkpoints": "checkpoint_ms",
+}
+USUAL = [name for name, case in CASES.items() if case.workers > 1]
+
+
+def rows(asked: int) -> Iterator[Row]:
+    for name in USUAL:
+        with tempfile.TemporaryDirectory() as folder:
+            sides = Sides(CASES[name], Path(folder))
+            for _ in range(asked):
+                sides.ours("--train.checkpoint_every=20")
+        runs = [metrics[CASES[name].warm_up :] for metrics in sides.metrics]
+        step = [statistics.fmean(row["step_ms"] for row in run) for run in runs]
+        for kind, column in KINDS.items():
+            spent = [statistics.fmean(row[column] for row in run) for run in runs]
+            shares = [100 * s / whole for s, whole in zip(spent, step, strict=True)]
+            low, middle, high = statistics.quantiles(shares, n=4)
+            yield Row(
+                f"{kind}, {name}",
+                f"{statistics.median(spent):.2f} ms",
+                "a step",
+                f"{statistics.median(step):,.0f} ms",
+                f"{middle:.2f} % of it ({low:.2f} to {high:.2f})",
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_rounds(parser, usual=5, short=2)
+    asked = rounds(parser, parser.parse_args())
+    print(machine())
+    for row in rows(asked):
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What was compiled is kept with the run: elsewhere nothing is compiled again, and nobody's code
+is run who has not the cluster's token."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from raygpt import device as devices
+from raygpt.errors import UserError
+from raygpt.storage import Folder
+from raygpt.train import compiled
+from raygpt.train.compiled import CompiledLayers
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+TRAIN = """
+import sys
+import torch
+from raygpt.config import ModelConfig
+from raygpt.model import GPT
+from raygpt.storage import Folder
+from raygpt.train.compiled import CompiledLayers
+
+layers = CompiledLayers(Folder.from_path(sys.argv[1]), torch.device("cpu"), print)
+layers.fetch()
+torch.manual_seed(1)
+model = GPT(ModelConfig(1, 2, 32, 16, 64))
+model.compile_blocks()
+tokens = torch.arange(34).view(2, 17)
+loss = model(tokens[:, :-1], tokens[:, 1:])
+loss.backward()
+print(loss.item(), model.transformer.wte.weight.grad.norm().item())
+layers.keep()
+"""
+COMPILER = """#!/bin/sh
+echo "$@" >> {log}
+exec g++ "$@"
+"""
+
+
+@pytest.fixture
+def token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compiled, "_token", lambda: b"secret")
+    monkeypatch.setattr(compiled, "_HOME", tmp_path / "one")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "anything")  # put back at the end
+
+
+class Machine:
+    """A home of its own on the way to the same run."""
+
+    def __init__(self, run: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(compiled, "_HOME", home)
+        self.said: list[str] = []
+        self.layers = CompiledLayers(Folder.from_path(str(run)), CPU, self.said.append)
+        self.layers.fetch()
+        self.cache = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+    def files(self) -> dict[str, bytes]:
+        return {
+            str(p.relative_to(self.cache)): p.read_bytes()
+            for p in self.cache.rglob("*")
+            if p.is_file()
+        }
+
+
+def test_another_machine_compiles_nothing(tmp_path: Path) -> None:
+    outputs, compilations = [], []
+    compiler = tmp_path / "compiler"
+    for home in ("one", "two"):
+        log = tmp_path / f"{home}.log"
+        compiler.write_text(COMPILER.format(log=log))
+        compiler.chmod(0o755)
+        environment = {
+            **{name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN_PATH"},
+            "HOME": str(tmp_path / home),
+            "CXX": str(compiler),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": "ab" * 32,
+            "PYTHONPATH": str(ROOT),
+        }
+        outputs.append(
+            subprocess.check_output(
+                [sys.executable, "-c", TRAIN, str(tmp_path / "run")], env=environment, text=True
+            )
+        )
+        compilations.append([line for line in log.read_text().splitlines() if ".cpp " in line])
+    assert outputs[0] == outputs[1]
+    assert compilations[0] and not compilations[1]
+
+
+def test_files_come_back_as_they_were(
+    token: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    one = Machine(run, tmp_path / "one", monkeypatch)
+    assert one.files() == {}
+    (one.cache / "ab").mkdir()
+    (one.cache / "ab" / "kernel.so").write_bytes(b"code")
+    one.layers.keep()
+    two = Machine(run, tmp_path / "two", monkeypatch)
+    assert two.files() == {"ab/kernel.so": b"code"}
+    (stored,) = (run / "compiled").iterdir()
+    before = stored.stat().st_mtime_ns
+    two.layers.keep()
+    assert stored.stat().st_mtime_ns == before, "there was nothing new"
+    (two.cache / "more").write_bytes(b"code")
+    two.layers.keep()
+    assert len(Machine(run, tmp_path / "three", monkeypatch).files()) == 2
+    assert Machine(run, tmp_path / "two", monkeypatch).files() == two.files(), "what is there stays"
+    assert not one.said and not two.said
+
+
+@pytest.mark.parametrize("what", ["other token", "changed", "cut short", "moved"])
+def test_what_is_not_signed_with_the_token_is_ignored_and_said(
+    token: None, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    one = Machine(run, tmp_path / "one", monkeypatch)
+    (one.cache / "kernel.so").write_bytes(b"code")
+    one.layers.keep()
+    (stored,) = (run / "compiled").iterdir()
+    if what == "other token":
+        monkeypatch.setattr(compiled, "_token", lambda: b"another")
+    elif what == "changed":
+        stored.write_bytes(stored.read_bytes().replace(b"code", b"evil"))
+    elif what == "cut short":
+        stored.write_bytes(stored.read_bytes()[:20])
+    else:  # compiled for another kind of machine
+        monkeypatch.setattr(devices, "describe", lambda device: "another kind")
+        stored.rename(stored.with_name(f"another-kind-torch-{torch.__version__}.tar".replace("+", "-")))
+    two = Machine(run, tmp_path / "two", monkeypatch)
+    assert two.files() == {}
+    assert len(two.said) == 1 and "token" in two.said[0] and "ignored" in two.said[0]
+
+
+def test_without_a_token_nothing_leaves_the_machine(
+    token: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "_token", lambda: b"")
+    one = Machine(tmp_path / "run", tmp_path / "one", monkeypatch)
+    (one.cache / "kernel.so").write_bytes(b"code")
+    one.layers.keep()
+    assert not (tmp_path / "run").exists()
+    again = Machine(tmp_path / "run", tmp_path / "one", monkeypatch)
+    assert again.files() == {"kernel.so": b"code"}
+
+
+def test_storage_that_refuses_is_said_and_stops_nothing(
+    token: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "compiled").write_bytes(b"a file in the way")
+    one = Machine(tmp_path / "run", tmp_path / "one", monkeypatch)
+    (one.cache / "kernel.so").write_bytes(b"code")
+    one.layers.keep()
+    assert any("compiled" in text for text in one.said)
+
+
+def test_no_compiler_is_told_in_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch; from raygpt.device import check_compiler\n"
+         "check_compiler(torch.device('cpu'))"],
+        env={**os.environ, "CXX": "/no/compiler", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert f"{UserError.__name__}: train.compile needs a C++ compiler" in done.stderr
+    devices.check_compiler(torch.device("cuda"))
