@@ -30,7 +30,9 @@ GPT3_TABLE = {  # Brown et al. 2020, table 2.1: size, layers, batch in millions 
 
 
 def test_every_preset_is_known() -> None:
-    assert list(PRESETS) == ["shakespeare", *GPT2_SIZES, *GPT3_TABLE]
+    modern = [f"{name}-modern" for name in GPT2_SIZES]
+    text = ["shakespeare", "shakespeare-modern"]
+    assert list(PRESETS) == [*text, *GPT2_SIZES, *modern, *GPT3_TABLE]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -38,7 +40,7 @@ def test_presets_are_whole(name: str) -> None:
     config = preset(name)
     assert config.run.name == name
     assert from_dict(to_dict(config)) == config
-    assert config.data.corpus == (EMBEDDED_CORPUS if name == "shakespeare" else "")
+    assert config.data.corpus == (EMBEDDED_CORPUS if "shakespeare" in name else "")
     assert config.windows_per_lane % config.batch.micro == 0
     with torch.device("meta"):
         model = GPT(config.model)
@@ -54,6 +56,17 @@ def test_gpt2_sizes(name: str) -> None:
     assert num_params(model) == GPT2_SIZES[name] + 47 * model.n_embd
     assert config.batch.tokens == 524_288
     assert config.train.steps == 19_073 and config.optim.warmup_steps == 715
+
+
+@pytest.mark.parametrize("name", ["shakespeare", *GPT2_SIZES])
+def test_modern_runs_stand_beside_those_of_gpt2(name: str) -> None:
+    plain, modern = preset(name), preset(f"{name}-modern")
+    assert plain.model.is_gpt2 and plain.optim.matrices == "adamw"
+    assert not modern.model.is_gpt2 and modern.optim.matrices == "muon"
+    sizes = ("n_layer", "n_head", "n_embd", "vocab_size")
+    assert all(getattr(plain.model, size) == getattr(modern.model, size) for size in sizes)
+    if name != "shakespeare":
+        assert (modern.batch, modern.train) == (plain.batch, plain.train)
 
 
 def test_gpt2_124m_pads_to_124_48_million() -> None:
