@@ -3,13 +3,15 @@
     python -m benchmarks [--rounds 2] [--output benchmarks.md]
 
 Each row comes from a script of its own, which has a longer form; all sides run in turns, on the
-machine at hand.  Ratios are medians within a round, with quartiles; more is better.
+machine at hand.  Ratios are medians within a round, with quartiles; more is better.  Half an hour on
+two cores.  What takes longer has a command of its own: :mod:`benchmarks.users` (other trainers),
+:mod:`benchmarks.recipes` (losses), ``chaos``, ``checkpoint``, ``exact_sum`` and ``shuffle``.
 """
 
 import argparse
 from pathlib import Path
 
-from benchmarks import loss, malloc, start, step
+from benchmarks import loss, malloc, memory, shares, start, step
 from benchmarks.turns import machine
 
 HEAD = ["what", "raygpt", "compared with", "that", "ratio"]
@@ -23,7 +25,7 @@ def main() -> None:
     if arguments.rounds < 2:
         parser.error("--rounds: two at least, for the quartiles")
     lines = [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
-    for module in (loss, malloc, start, step):
+    for module in (loss, malloc, start, step, shares, memory):
         for row in module.rows(arguments.rounds):
             print(row, flush=True)
             lines.append(f"| {' | '.join(row)} |")

@@ -2,7 +2,8 @@
 
     python -m benchmarks.memory [--short] [--rounds 3]
 
-GPT-2 with 124M parameters, one worker, one window of 1,024 tokens a step: whole jobs, in turns.
+GPT-2 with 124M parameters, two workers, a window of 1,024 tokens each: whole jobs, in turns, with
+the checkpoint at the end of raygpt's.
 Linux counts for each process the most that was resident (VmHWM, shared libraries and all); of all
 processes that a side starts, the largest is its worker.
 """
@@ -21,7 +22,7 @@ from benchmarks.step import Case, Sides
 from benchmarks.turns import Row, add_rounds, in_turns, machine, ratio, rounds
 from raygpt.config import ModelConfig
 
-CASE = Case("gpt2", ModelConfig(12, 12, 768, 1024, 50304), 1, 2, 1, 1, 3, 1)
+CASE = Case("gpt2", ModelConfig(12, 12, 768, 1024, 50304), 2, 1, 2, 1, 3, 1)
 _LOOK_SECONDS = 0.2
 
 

@@ -4,8 +4,8 @@
 
 The settings are those that its README gives for a CPU (4 layers of 128, windows of 64, batches of
 12, no dropout), with the rates of its configuration for the text; the number of steps is the one
-that fits into the time.  https://github.com/karpathy/nanoGPT has both.  It is held against raygpt by
-:mod:`benchmarks.recipes`, which writes SETTINGS.
+that fits into the time.  https://github.com/karpathy/nanoGPT has both.  It is held against raygpt
+by :mod:`benchmarks.recipes`, which writes SETTINGS.
 """
 
 import json

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +82,7 @@ class Sides:
 def rows(asked: int, presets: tuple[str, ...] = PRESETS) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         sides = Sides(Path(folder))
-        ours = {preset: [] for preset in presets}
+        ours: dict[str, list[Result]] = {preset: [] for preset in presets}
         theirs: list[Result] = []
         for _ in range(asked):
             for turn in turns(len(presets), 1):

@@ -159,15 +159,14 @@ def rows(asked: int, cases: Iterable[str] = CASES) -> Iterator[Row]:
             ratio(*speeds),
         )
         shares = [share_of_machine(CASES[name], metrics) for metrics in sides.metrics]
-        flops = [
-            s * flops_per_token(CASES[name].model) for s in speeds[0]
-        ]
+        flops = [s * flops_per_token(CASES[name].model) / 1e9 for s in speeds[0]]
+        peaks = [f / share for f, share in zip(flops, shares, strict=True)]
         yield Row(
             f"share of the machine, {name}",
-            f"{statistics.median(flops) / 1e9:.0f} GFLOP/s",
+            f"{statistics.median(flops):.0f} GFLOP/s",
             "matrix products on the same cores",
-            f"{statistics.median(f / s for f, s in zip(flops, shares, strict=True)) / 1e9:.0f} GFLOP/s",
-            ratio(shares, [1.0] * len(shares)),
+            f"{statistics.median(peaks):.0f} GFLOP/s",
+            ratio(flops, peaks),
         )
 
 

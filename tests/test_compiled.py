@@ -131,7 +131,9 @@ def test_what_is_not_signed_with_the_token_is_ignored_and_said(
         stored.write_bytes(stored.read_bytes()[:20])
     else:  # compiled for another kind of machine
         monkeypatch.setattr(devices, "describe", lambda device: "another kind")
-        stored.rename(stored.with_name(f"another-kind-torch-{torch.__version__}.tar".replace("+", "-")))
+        stored.rename(
+            stored.with_name(f"another-kind-torch-{torch.__version__}.tar".replace("+", "-"))
+        )
     two = Machine(run, tmp_path / "two", monkeypatch)
     assert two.files() == {}
     assert len(two.said) == 1 and "token" in two.said[0] and "ignored" in two.said[0]

@@ -34,8 +34,7 @@ def test_the_embedded_text_is_learned_and_ends_with_a_sample(
         check=True,
     ).stdout
     rows = [
-        json.loads(line)
-        for line in (tmp_path / preset / "metrics.jsonl").read_text().splitlines()
+        json.loads(line) for line in (tmp_path / preset / "metrics.jsonl").read_text().splitlines()
     ]
     assert len(rows) == steps and rows[-1]["val_loss"] <= reached  # nats a byte
     assert {row["world_size"] for row in rows} == {2}

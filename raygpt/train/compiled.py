@@ -1,8 +1,8 @@
 """What torch.compile made, kept with the run: who goes on with it compiles nothing again.
 
 torch looks for compiled layers in a folder of the machine.  That folder is one for each run, in the
-user's home (``TORCHINDUCTOR_CACHE_DIR`` has no say); rank 0 packs it into the run's folder, an archive for each kind of machine, and a
-machine that has nothing yet unpacks it.
+user's home (``TORCHINDUCTOR_CACHE_DIR`` has no say); rank 0 packs it into the run's folder, an
+archive for each kind of machine, and a machine that has nothing yet unpacks it.
 
 Compiled layers are code, and checkpoints promise that loading one runs none.  So an archive is
 signed with the token of the Ray cluster, whose holders may run code on its machines anyway, and
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
 from raygpt import device as devices
 from raygpt.storage import Folder, StorageError

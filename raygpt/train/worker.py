@@ -26,8 +26,8 @@ from raygpt.runs.accounts import FIRST_STEP, RESTORE, TRAIN, Stopwatch, restart_
 from raygpt.storage import patiently
 from raygpt.train import checkpoints, notice, state
 from raygpt.train.checkpoints import Position
-from raygpt.train.control import STOP, MakeWay
 from raygpt.train.compiled import CompiledLayers
+from raygpt.train.control import STOP, MakeWay
 from raygpt.train.garbage import Garbage
 from raygpt.train.gauges import Gauges
 from raygpt.train.host import check_reachable, gather_machines
