@@ -32,7 +32,7 @@ run: {{storage: STORAGE}}
 data: {{corpus: CORPUS, segment_steps: 17}}
 model: {{n_layer: 2, n_head: 2, n_embd: 32, block_size: 32, vocab_size: 264, dropout: 0.1}}
 batch: {{tokens: 512, lanes: 4, micro: 3, ramp_start_tokens: 128, ramp_tokens: 20000}}
-optim: {{max_lr: 3.0e-3, warmup_steps: 20, grad_clip: 1.0}}
+optim: {{max_lr: 3.0e-3, min_lr: null, warmup_steps: 20, grad_clip: 1.0}}
 train:
   {{steps: {STEPS}, log_every: 10, eval_every: 60, eval_tokens: 8192, checkpoint_every: 40,
   sample_tokens: 20, precision: fp32}}
@@ -294,17 +294,17 @@ def test_a_submitted_job_trains_the_same_model(place: Place, quiet: str) -> None
 
 
 def test_gpt2_trains_on_its_own_tokens(head: Head, tmp_path: Path) -> None:
-    """The 124M preset, 20 small steps: it begins at chance and falls."""
+    """The 124M preset, 12 small steps: it begins at chance and falls."""
     small = ("--batch.tokens", "128", "--batch.lanes", "1", "--batch.micro", "1")
     head.train(
         *("gpt2", "--data.corpus", "embedded", "--run.storage", str(tmp_path), *small),
-        *("--model.block_size", "128", "--train.steps", "20", "--train.eval_tokens", "0"),
-        *("--optim.warmup_steps", "5", "--train.sample_tokens", "5", "--train.precision", "fp32"),
+        *("--model.block_size", "128", "--train.steps", "12", "--train.eval_tokens", "0"),
+        *("--optim.warmup_steps", "3", "--train.sample_tokens", "5", "--train.precision", "fp32"),
         *("--scale.gpus_per_worker", "0", "--scale.threads", "2"),
     )
     lines = (tmp_path / "gpt2" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
-    assert len(losses) == 20
+    assert len(losses) == 12
     assert losses[0] == pytest.approx(math.log(50_304), abs=0.2)
-    assert sum(losses[-5:]) / 5 < losses[0] - 1
+    assert sum(losses[-3:]) / 3 < losses[0] - 1
     shutil.rmtree(tmp_path)  # a checkpoint of 1.5 GB
