@@ -29,6 +29,7 @@ from raygpt.data.stream import (
     stream_blocks,
     window_dataset,
 )
+from raygpt.errors import UserError
 
 Batches = dict[tuple[int, int], np.ndarray]
 """By (step, lane)."""
@@ -104,6 +105,53 @@ def test_workers_together_see_what_the_reader_reads(
         found.append(list(lane_steps(WindowReader(plan), segments, rank, W, blocks)))
         assert next(blocks, None) is None  # nothing was left over
     check(found, reference(plan, segments), segments)
+
+
+def test_the_stream_starts_beside_the_first_segment(tiny_corpus: Corpus) -> None:
+    """Ray Data takes seconds until it has a block: training must not wait for it then."""
+    plan = plan_of(tiny_corpus)
+    segments = Segments(0, 30, 10, plan.lanes)
+    asked = threading.Event()
+
+    def late() -> Iterator[pa.Table]:
+        asked.set()
+        yield from dealt_in_turns(plan, segments, 1, 0)
+
+    steps = lane_steps(WindowReader(plan), segments, 0, 1, late())
+    first = [next(steps)]
+    assert not asked.is_set(), "the first step comes before all else"
+    first.append(next(steps))
+    assert asked.wait(30)
+    check([[*first, *steps]], reference(plan, segments), segments)
+
+
+def test_a_run_of_one_segment_starts_no_stream(tiny_corpus: Corpus) -> None:
+    plan = plan_of(tiny_corpus)
+    segments = Segments(0, 10, 10, plan.lanes)
+
+    asked = threading.Event()
+
+    def never() -> Iterator[pa.Table]:
+        asked.set()
+        yield from ()
+
+    found = list(lane_steps(WindowReader(plan), segments, 0, 1, never()))
+    check([found], reference(plan, segments), segments)
+    assert not asked.wait(0.2)
+
+
+def test_what_stops_the_stream_stops_the_loop_where_it_needs_a_block(tiny_corpus: Corpus) -> None:
+    plan = plan_of(tiny_corpus)
+    segments = Segments(0, 30, 10, plan.lanes)
+
+    def broken() -> Iterator[pa.Table]:
+        raise UserError("a shard is damaged")
+        yield
+
+    steps = lane_steps(WindowReader(plan), segments, 0, 1, broken())
+    assert [next(steps).step for _ in range(10)] == list(range(10))
+    with pytest.raises(UserError, match="a shard is damaged"):
+        next(steps)
 
 
 def through_ray(plan: ReadPlan, segments: Segments, W: int, slow: int) -> list[list[StepWindows]]:

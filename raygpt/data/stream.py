@@ -9,7 +9,9 @@ itself, while Ray Data starts, and checks the tags of all later blocks.
 The stream is a transport, never the source of the order; ``reader.py`` is.
 """
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -137,6 +139,7 @@ def lane_steps(
         UserError: a shard is missing or damaged.
     """
     schedule = reader.schedule
+    coming = _Coming(blocks)
     for segment in range(segments.count):
         first, stop = segments.bounds(segment)
         owners = segments.owners(segment, world_size)
@@ -145,7 +148,7 @@ def lane_steps(
             if segment == 0:
                 lanes[lane] = reader.read(lane, first, stop)
             else:
-                lanes[lane] = _windows_of(next(blocks, None), reader, lane, first)
+                lanes[lane] = _windows_of(coming.block(), reader, lane, first)
         before = schedule.windows_before(first)
         for step in range(first, stop):
             begin, end = (schedule.windows_before(s) - before for s in (step, step + 1))
@@ -153,6 +156,36 @@ def lane_steps(
             if any(len(windows) != end - begin for windows in part.values()):
                 raise StreamError(f"the block of step {step} is too short")
             yield StepWindows(step, segment, part)
+            if segment == 0 and step == first and segments.count > 1:
+                coming.begin()  # after the first step, which it shall not hold up
+
+
+class _Coming:
+    """Blocks, of which the first may be fetched in the background: Ray Data takes seconds until it
+    has one, and those that follow it fetches itself."""
+
+    def __init__(self, blocks: Iterator[pa.Table]) -> None:
+        self._blocks = blocks
+        self._first: Future[pa.Table | None] | None = None
+
+    def begin(self) -> None:
+        """Begin to fetch."""
+        first = self._first = Future()
+
+        def fetch() -> None:
+            try:
+                first.set_result(next(self._blocks, None))
+            except BaseException as error:  # for the loop, which takes it in its own thread
+                first.set_exception(error)
+
+        threading.Thread(target=fetch, name="stream", daemon=True).start()
+
+    def block(self) -> pa.Table | None:
+        """The next block; None after the last."""
+        if self._first is None:
+            return next(self._blocks, None)
+        first, self._first = self._first, None
+        return first.result()
 
 
 def _windows_of(block: pa.Table | None, reader: WindowReader, lane: int, first: int) -> np.ndarray:
@@ -171,7 +204,8 @@ def _windows_of(block: pa.Table | None, reader: WindowReader, lane: int, first: 
 
 
 def stream_blocks(shard: DataIterator) -> Iterator[pa.Table]:
-    """A worker's blocks, fetched in the background; Ray Data starts with the first ``next``."""
+    """A worker's blocks, fetched in the background; Ray Data starts with the first ``next``, which
+    takes seconds."""
     yield from shard.iter_batches(
         batch_size=None,  # type: ignore[arg-type]  # whole blocks, as documented
         batch_format="pyarrow",
