@@ -80,7 +80,7 @@ class Sides:
             more: further settings, as on the command line.
         """
         case, name = self._case, str(len(self.metrics))
-        model = [f"--model.{name}={value}" for name, value in asdict(case.model).items()]
+        model = [f"--model.{key}={value}" for key, value in asdict(case.model).items()]
         tokens = case.windows * case.model.block_size
         self._call(
             *(sys.executable, "jobs/train.py", *model, f"--data.corpus={self._corpus}"),

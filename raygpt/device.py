@@ -156,7 +156,7 @@ def check_compiler(device: torch.device) -> None:
         UserError: it has no C++ compiler, which torch.compile needs for a CPU.
     """
     if device.type == "cuda":
-        return  # Triton brings its own
+        return  # Triton looks for what it needs itself
     from torch._inductor.cpp_builder import get_cpp_compiler  # here, since it takes a second
     from torch._inductor.exc import InvalidCxxCompiler
 

@@ -96,9 +96,7 @@ class MLP(nn.Module):
         x = self.c_fc(x)
         if self.squared:
             x = F.relu(x)
-            x = (
-                x * x
-            )  # the gradient of square() and of ** 2 goes through a power, many times slower
+            x = x * x  # not square(), whose gradient goes through a power and is many times slower
         else:
             x = F.gelu(x, approximate="tanh")
         return self.c_proj(x)

@@ -139,7 +139,6 @@ def lane_steps(
         UserError: a shard is missing or damaged.
     """
     schedule = reader.schedule
-    coming = _Coming(blocks)
     for segment in range(segments.count):
         first, stop = segments.bounds(segment)
         owners = segments.owners(segment, world_size)
@@ -148,7 +147,7 @@ def lane_steps(
             if segment == 0:
                 lanes[lane] = reader.read(lane, first, stop)
             else:
-                lanes[lane] = _windows_of(coming.block(), reader, lane, first)
+                lanes[lane] = _windows_of(next(blocks, None), reader, lane, first)
         before = schedule.windows_before(first)
         for step in range(first, stop):
             begin, end = (schedule.windows_before(s) - before for s in (step, step + 1))
@@ -157,35 +156,26 @@ def lane_steps(
                 raise StreamError(f"the block of step {step} is too short")
             yield StepWindows(step, segment, part)
             if segment == 0 and step == first and segments.count > 1:
-                coming.begin()  # after the first step, which it shall not hold up
+                blocks = begun(blocks)  # after the first step, which it shall not hold up
 
 
-class _Coming:
-    """Blocks, of which the first may be fetched in the background: Ray Data takes seconds until it
-    has one, and those that follow it fetches itself."""
+def begun(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The same blocks, the first of which is fetched in the background from now on."""
+    first: Future[pa.Table | None] = Future()
 
-    def __init__(self, blocks: Iterator[pa.Table]) -> None:
-        self._blocks = blocks
-        self._first: Future[pa.Table | None] | None = None
+    def fetch() -> None:
+        try:
+            first.set_result(next(blocks, None))
+        except BaseException as error:  # for the loop, which takes it in its own thread
+            first.set_exception(error)
 
-    def begin(self) -> None:
-        """Begin to fetch."""
-        first = self._first = Future()
+    def all_of_them() -> Iterator[pa.Table]:
+        if (block := first.result()) is not None:
+            yield block
+            yield from blocks
 
-        def fetch() -> None:
-            try:
-                first.set_result(next(self._blocks, None))
-            except BaseException as error:  # for the loop, which takes it in its own thread
-                first.set_exception(error)
-
-        threading.Thread(target=fetch, name="stream", daemon=True).start()
-
-    def block(self) -> pa.Table | None:
-        """The next block; None after the last."""
-        if self._first is None:
-            return next(self._blocks, None)
-        first, self._first = self._first, None
-        return first.result()
+    threading.Thread(target=fetch, name="stream", daemon=True).start()
+    return all_of_them()
 
 
 def _windows_of(block: pa.Table | None, reader: WindowReader, lane: int, first: int) -> np.ndarray:
