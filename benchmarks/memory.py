@@ -8,7 +8,6 @@ Linux counts for each process the most that was resident (VmHWM, shared librarie
 processes that a side starts, the largest is its worker.
 """
 
-import argparse
 import statistics
 import tempfile
 import threading
@@ -19,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.step import Case, Sides
-from benchmarks.turns import Row, add_rounds, in_turns, machine, ratio, rounds
+from benchmarks.turns import Row, in_turns, print_rows, ratio
 from raygpt.config import ModelConfig
 
 CASE = Case("gpt2", ModelConfig(12, 12, 768, 1024, 50304), 2, 1, 2, 1, 3, 1)
@@ -77,14 +76,5 @@ def rows(asked: int) -> Iterator[Row]:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_rounds(parser, usual=3, short=2)
-    asked = rounds(parser, parser.parse_args())
-    print(machine())
-    for row in rows(asked):
-        print(row, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_rows(__doc__, rows, usual=3, short=2)

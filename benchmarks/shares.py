@@ -8,14 +8,13 @@ A checkpoint is written beside the steps after it, and may slow them down: what 
 :mod:`benchmarks.checkpoint` measures.
 """
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.step import CASES, Sides
-from benchmarks.turns import Row, add_rounds, machine, rounds
+from benchmarks.turns import Row, print_rows
 
 KINDS = {
     "waiting for data": "data_wait_ms",
@@ -46,14 +45,5 @@ def rows(asked: int) -> Iterator[Row]:
             )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_rounds(parser, usual=5, short=2)
-    asked = rounds(parser, parser.parse_args())
-    print(machine())
-    for row in rows(asked):
-        print(row, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_rows(__doc__, rows, usual=5, short=2)

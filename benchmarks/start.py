@@ -7,7 +7,6 @@ Both sides are commands as a user starts them, in turns: ``jobs/train.py``, whic
 compiled Python lie ready for both, as after a first run.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -16,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.step import Case, Sides
-from benchmarks.turns import Row, add_rounds, in_turns, machine, ratio, rounds
+from benchmarks.turns import Row, in_turns, print_rows, ratio
 from raygpt.config import ModelConfig
 
 CASE = Case("bytes", ModelConfig(3, 4, 128, 64, 320), 2, 1, 12, 6, 2, 0)
@@ -42,14 +41,5 @@ def rows(asked: int) -> Iterator[Row]:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_rounds(parser, usual=5, short=2)
-    asked = rounds(parser, parser.parse_args())
-    print(machine())
-    for row in rows(asked):
-        print(row, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_rows(__doc__, rows, usual=5, short=2)

@@ -49,6 +49,18 @@ def rounds(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
     return asked
 
 
+def print_rows(
+    doc: str | None, rows_of: Callable[[int], Iterator[Row]], usual: int, short: int
+) -> None:
+    """The program of a script whose rows depend on the number of rounds alone."""
+    parser = argparse.ArgumentParser(description=doc)
+    add_rounds(parser, usual, short)
+    asked = rounds(parser, parser.parse_args())
+    print(machine())
+    for row in rows_of(asked):
+        print(row, flush=True)
+
+
 def turns(sides: int, rounds: int) -> Iterator[int]:
     """Whose turn it is, round after round; sides take turns to begin."""
     for turn in range(rounds):
