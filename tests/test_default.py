@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-STEPS = 400
+STEPS = 1000
 
 
 @pytest.mark.xdist_group("ray")
@@ -35,7 +35,7 @@ def test_the_default_learns_and_ends_with_a_sample(tmp_path: Path) -> None:
         json.loads(line)
         for line in (tmp_path / "shakespeare" / "metrics.jsonl").read_text().splitlines()
     ]
-    assert len(rows) == STEPS and rows[-1]["val_loss"] <= 2.05  # nats a byte
+    assert len(rows) == STEPS and rows[-1]["val_loss"] <= 1.80  # nats a byte
     assert {row["world_size"] for row in rows} == {2}
     before, _, sample = output.partition(f"Sample at step {STEPS}:\n")
     assert "Result" in before and len(sample) > 150
