@@ -3,6 +3,7 @@
 import contextlib
 import os
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Iterator
 from importlib import resources
@@ -14,6 +15,8 @@ os.environ.update(
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_worker_niceness="0",  # at Ray's 15 they starve beside the tests of the other process
+    # A folder that is gone with this process.
+    XDG_CACHE_HOME=(_caches := tempfile.TemporaryDirectory(prefix="raygpt-tests-")).name,
     # One token for all clusters of a test run. Ray would make one in the home folder, and two
     # test processes that start at once would overwrite each other's.
     RAY_AUTH_MODE="token",

@@ -43,9 +43,8 @@ exec g++ "$@"
 
 
 @pytest.fixture
-def token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_token", lambda: b"secret")
-    monkeypatch.setattr(compiled, "_HOME", tmp_path / "one")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "anything")  # put back at the end
 
 
@@ -53,7 +52,7 @@ class Machine:
     """A home of its own on the way to the same run."""
 
     def __init__(self, run: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(compiled, "_HOME", home)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(home))
         self.said: list[str] = []
         self.layers = CompiledLayers(Folder.from_path(str(run)), CPU, self.said.append)
         self.layers.fetch()
@@ -76,7 +75,7 @@ def test_another_machine_compiles_nothing(tmp_path: Path) -> None:
         compiler.chmod(0o755)
         environment = {
             **{name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN_PATH"},
-            "HOME": str(tmp_path / home),
+            "XDG_CACHE_HOME": str(tmp_path / home),
             "CXX": str(compiler),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": "ab" * 32,
@@ -160,6 +159,17 @@ def test_storage_that_refuses_is_said_and_stops_nothing(
     (one.cache / "kernel.so").write_bytes(b"code")
     one.layers.keep()
     assert any("compiled" in text for text in one.said)
+
+
+def test_a_machine_without_room_for_caches_compiles_into_torchs_own_folder(
+    token: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"no folder")
+    one = Machine(tmp_path / "run", tmp_path / "file", monkeypatch)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "anything", "as it was"
+    assert len(one.said) == 1 and str(tmp_path / "file") in one.said[0]
+    one.layers.keep()
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_compiler_is_told_in_one_line() -> None:

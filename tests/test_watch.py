@@ -56,6 +56,7 @@ def test_a_run_can_be_watched(head: Head, reference: Reference) -> None:
     process = run.start(
         *("--train.steps", "1000000", "--train.eval_every", "100"),
         *("--train.straggler_factor", "0.01", "--train.profile", "4:6"),
+        *("--train.compile", "True"),
     )
     shown = {f"ray_{name}" for name in NAMES}
     ahead: set[int] = set()
@@ -93,6 +94,7 @@ def test_a_run_can_be_watched(head: Head, reference: Reference) -> None:
     table = (Path(run.folder.path) / "profile" / "steps_4_to_5.md").read_text().splitlines()
     assert table[0] == "| ms a step | worker 0 | worker 1 |"
     assert all(float(line.split()[3]) > 0 for line in table[3:]), "all parts after data"
+    assert list((Path(run.folder.path) / "compiled").glob("*.tar")), "compiled layers are kept"
     (state,) = (r for r in page["train_runs"] if r["name"] == "watched")
     assert state["status"] == "RUNNING"
 

@@ -1,8 +1,8 @@
 """What torch.compile made, kept with the run: who goes on with it compiles nothing again.
 
 torch looks for compiled layers in a folder of the machine.  That folder is one for each run, in the
-user's home (``TORCHINDUCTOR_CACHE_DIR`` has no say); rank 0 packs it into the run's folder, an
-archive for each kind of machine, and a machine that has nothing yet unpacks it.
+user's caches (``XDG_CACHE_HOME``; ``TORCHINDUCTOR_CACHE_DIR`` has no say); rank 0 packs it into the
+run's folder, an archive for each kind of machine, and a machine that has nothing yet unpacks it.
 
 Compiled layers are code, and checkpoints promise that loading one runs none.  So an archive is
 signed with the token of the Ray cluster, whose holders may run code on its machines anyway, and
@@ -30,7 +30,6 @@ from raygpt.storage import Folder, StorageError
 
 FOLDER = "compiled"
 _SIGNATURE_BYTES = hashlib.sha256().digest_size
-_HOME = Path("~/.cache/raygpt/compiled")
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -46,11 +45,23 @@ class CompiledLayers:
         kind = f"{devices.describe(device)}-torch-{torch.__version__}"
         self._name = re.sub(r"[^a-z0-9.]+", "-", kind.lower()) + ".tar"
         here = hashlib.sha256(f"{run.uri}/{self._name}".encode()).hexdigest()[:16]
-        self._local = _HOME.expanduser() / here
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        self._local = caches / "raygpt" / "compiled" / here
         self._kept = 0
 
     def fetch(self) -> None:
-        """Let torch compile into the run's folder on this machine, with what others compiled."""
+        """Let torch compile into the run's folder on this machine, with what others compiled.
+
+        Where there cannot be one, torch uses its own, and nothing is kept.
+        """
+        try:
+            self._prepare()
+        except OSError as error:
+            self._say(f"no compiled layers are kept: {error.strerror}: {self._local}")
+        else:
+            os.environ[_CACHE] = str(self._local)
+
+    def _prepare(self) -> None:
         if not self._local.exists():
             self._local.parent.mkdir(parents=True, exist_ok=True)
             unpacked = Path(tempfile.mkdtemp(dir=self._local.parent))
@@ -59,7 +70,6 @@ class CompiledLayers:
                 unpacked.rename(self._local)  # an empty folder may be replaced
             except OSError:  # another worker of this machine was first
                 shutil.rmtree(unpacked, ignore_errors=True)
-        os.environ[_CACHE] = str(self._local)
 
     def keep(self) -> None:
         """Store what was compiled, if there is more than was stored or fetched so far."""
