@@ -6,6 +6,7 @@ import pytest
 import torch
 from saved import CONFIG
 
+from raygpt import muon
 from raygpt.config import ModelConfig, OptimConfig
 from raygpt.model import GPT
 from raygpt.muon import MuonAdamW, orthogonal
@@ -95,6 +96,19 @@ def test_a_step_is_as_its_authors_write_it() -> None:
     for name, p in plain.named_parameters():
         if name not in LAYER:
             assert torch.equal(p, after[name]), name
+
+
+def test_stacks_that_are_too_large_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = []
+    for most in (muon._STACK_ELEMENTS, 1):  # all of a shape at once, and one by one
+        monkeypatch.setattr(muon, "_STACK_ELEMENTS", most)
+        model, optimizer = build()
+        train(model, optimizer, 1)
+        models.append(dict(model.named_parameters()))
+    untrained = dict(build()[0].named_parameters())
+    for name in LAYER:
+        torch.testing.assert_close(models[0][name], models[1][name], atol=2e-5, rtol=0)
+        assert not torch.allclose(models[1][name], untrained[name], atol=2e-5, rtol=0), name
 
 
 def test_its_state_is_saved_and_restored_to_the_same_bits(tmp_path: Path) -> None:
