@@ -163,7 +163,7 @@ def through_ray(plan: ReadPlan, segments: Segments, W: int, slow: int) -> list[l
 
     def consume(rank: int) -> None:
         try:
-            blocks = stream_blocks(shards[rank]["train"])
+            blocks = stream_blocks(lambda: shards[rank]["train"])
             for one in lane_steps(WindowReader(plan), segments, rank, W, blocks):
                 found[rank].append(one)
                 time.sleep(0.02 if rank == slow else 0)

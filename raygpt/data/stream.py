@@ -10,7 +10,7 @@ The stream is a transport, never the source of the order; ``reader.py`` is.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -193,10 +193,14 @@ def _windows_of(block: pa.Table | None, reader: WindowReader, lane: int, first: 
     return tokens.reshape(-1, reader.plan.block_size + 1)
 
 
-def stream_blocks(shard: DataIterator) -> Iterator[pa.Table]:
-    """A worker's blocks, fetched in the background; Ray Data starts with the first ``next``, which
-    takes seconds."""
-    yield from shard.iter_batches(
+def stream_blocks(open_shard: Callable[[], DataIterator]) -> Iterator[pa.Table]:
+    """A worker's blocks, fetched in the background.
+
+    Args:
+        open_shard: gives the worker's share of the stream; called with the first ``next``, since
+            it waits for a process that starts meanwhile.  Ray Data, too, starts only then.
+    """
+    yield from open_shard().iter_batches(
         batch_size=None,  # type: ignore[arg-type]  # whole blocks, as documented
         batch_format="pyarrow",
         prefetch_batches=PREFETCH_BLOCKS,

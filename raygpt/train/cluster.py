@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +20,11 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from raygpt.config import ScaleConfig
 from raygpt.errors import UserError
-from raygpt.train import growth
+from raygpt.train import growth, local
 from raygpt.train.growth import Shape
 
 CONNECT_SECONDS = 10.0
-_TRAIN_SETTINGS = {
+_SETTINGS = {
     # Defaults of Ray Train in parentheses.  A user's own settings of these variables go first.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # (2) how soon a lost worker is noticed
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # (5) how soon a drained node is
@@ -31,19 +32,13 @@ _TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20",  # (600) a worker out of reach is given up
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # (30) for workers that hang
 }
-_LOCAL_SETTINGS = {
-    # Of a Ray that is started here, for this job alone.
-    "RAY_worker_niceness": "0",  # (15) its helpers would go before what trains
-    "RAY_event_stats": "0",  # (1) a third of what its idle processes take from what trains
-    "RAY_prestart_worker_first_driver": "0",  # (1) processes that no worker can use
-    # (the CPUs) how many processes may start at once
-    "RAY_worker_maximum_startup_concurrency": str(max(8, os.cpu_count() or 1)),
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # (1) nobody drains this machine
-}
 
 
-def connect() -> bool:
+def connect(meanwhile: Callable[[], None]) -> bool:
     """Connect to the cluster at ``RAY_ADDRESS``, or start Ray on this machine.
+
+    Args:
+        meanwhile: called when there is nothing to do for a while but to wait.
 
     Returns:
         Whether Ray was started here, to end with this process.
@@ -52,9 +47,11 @@ def connect() -> bool:
         UserError: no cluster answers at that address.
     """
     address = os.environ.get("RAY_ADDRESS", "")
-    start = not address and not ray.is_initialized()
-    for name, value in {**_TRAIN_SETTINGS, **(_LOCAL_SETTINGS if start else {})}.items():
+    for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    if not address and not ray.is_initialized():
+        local.start(meanwhile)
+        return True
     if ray.is_initialized():
         return False
     try:
@@ -63,18 +60,15 @@ def connect() -> bool:
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
             if "://" not in address:
                 _check_token(address)
-        # Ray started here ends with the job; its dashboard would take time from the workers.
-        # A cluster that is there already has one, or not, whatever is said here.
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+        meanwhile()
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        if not address:
-            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}); start it, correct "
             "RAY_ADDRESS, or unset it to train on this machine"
         ) from error
-    return start
+    return False
 
 
 def has_dashboard() -> bool:

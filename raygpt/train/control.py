@@ -1,8 +1,8 @@
-"""Requests to the workers: make way for a resize or a drained node, stop for good, or save what
-they have.
+"""The actor beside the workers: it runs Ray Train's controller, and takes requests to the workers:
+make way for a resize or a drained node, stop for good, or save what they have.
 
-The driver (Ctrl-C, SIGTERM) and the controller (a resize) put a request to :class:`Control`, an
-actor; each worker's listener hears of it, see ``listener.py``.
+The driver (Ctrl-C, SIGTERM) and the controller (a resize) put a request to :class:`Control`; each
+worker's listener hears of it, see ``listener.py``.
 """
 
 import asyncio
@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 
 import ray
 from ray.actor import ActorHandle
+from ray.train import Result
+from ray.train.v2._internal.execution.controller import TrainController
 
 from raygpt.errors import UserError
 from raygpt.runs.accounts import CONNECT, TRAIN, Mark
 from raygpt.storage import Folder
+from raygpt.train.processes import propagated
 
 MAKE_WAY, STOP = 0, 1
 """Positions of the votes."""
@@ -37,8 +40,8 @@ class Requests(NamedTuple):
 
 
 class Control:
-    """Holds the requests of a driver, what workers say to it, and the phases of the run; an
-    asynchronous actor.
+    """Runs the controller, and holds the requests of a driver, what workers say to it, and the
+    phases of the run; an asynchronous actor.
 
     Args:
         began: unix time at which the driver began.
@@ -51,6 +54,13 @@ class Control:
         self._said: list[str] = []
         self._damaged: set[int] = set()
         self._marks: list[Mark] = [(CONNECT, began)]
+
+    async def lead(self, arguments: dict[str, Any]) -> Result:
+        """Run Ray Train's controller until the run ends.
+
+        In a thread with a loop of its own: its callbacks wait, also for this actor's answers.
+        """
+        return await asyncio.to_thread(asyncio.run, _lead(arguments))
 
     async def request(self, kind: str) -> None:
         """Ask the workers: ``make_way``, ``stop`` or ``rescue``.
@@ -115,6 +125,12 @@ class Control:
         return self._marks
 
 
+async def _lead(arguments: dict[str, Any]) -> Result:
+    controller = TrainController(**arguments)
+    await controller.run()
+    return controller.get_result()
+
+
 def start_control(run: Folder, began: float) -> ActorHandle:
     """The control actor of this driver, on its node; it ends with the driver.
 
@@ -128,6 +144,7 @@ def start_control(run: Folder, began: float) -> ActorHandle:
         num_cpus=0,
         max_concurrency=1000,
         label_selector={"ray.io/node-id": node},
+        runtime_env={"env_vars": propagated()},
     )
     deadline = time.monotonic() + OTHER_DRIVER_SECONDS
     while True:

@@ -1,12 +1,12 @@
 """The driver: checks everything, connects to Ray, and hands over to ``lead.py``.
 
 Torch and Ray take seconds to import, which a mistake need not wait for: so they are imported once
-all is checked, torch while Ray starts.
+all is checked, and most of it while Ray starts.
 """
 
 import time
 from collections.abc import Container
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
 
@@ -64,13 +64,22 @@ def run(config: Config, dry_run: bool = False, began: float | None = None) -> No
     from raygpt.train import cluster
 
     with ThreadPoolExecutor(1, "import") as executor:
-        executor.submit(import_module, "torch")
-        started = cluster.connect()
-    scale = cluster.fit_scale(job.config.scale, alone=started)
-    job = replace(job, config=replace(job.config, scale=scale))
-    from raygpt.train import lead
+        alone = cluster.connect(meanwhile=lambda: _import(executor))
+        scale = cluster.fit_scale(job.config.scale, alone)
+        job = replace(job, config=replace(job.config, scale=scale))
+        from raygpt.train import processes
 
-    lead.train(job, console, began, rows, warn, step, spares=not started)
+        # Before this process has imported all that it needs itself: workers take longer.
+        processes.start_ahead(scale)
+        from raygpt.train import lead
+
+    lead.train(job, console, began, rows, warn, step, alone)
+
+
+def _import(executor: Executor) -> None:
+    """Import what the driver needs, first what it needs first."""
+    executor.submit(import_module, "raygpt.train.processes")
+    executor.submit(import_module, "raygpt.train.lead")
 
 
 def _warn(console: Console, text: str, known: Container[str]) -> None:

@@ -19,17 +19,20 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.data import Dataset
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import (
+    PlacementGroupCleanerCallback,
+)
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from raygpt import device as devices
 from raygpt.config import READER_CPUS
-from raygpt.data.stream import StreamConfig, window_dataset
+from raygpt.data.stream import StreamConfig
 from raygpt.runs.accounts import SCHEDULE
 from raygpt.storage import Folder, patiently
 from raygpt.train import checkpoints, cluster, processes
 from raygpt.train.callbacks import Farewell, Judge, NoSnapshots, Timekeeper, find_user_error
+from raygpt.train.feed import open_stream
 from raygpt.train.job import Job
 from raygpt.train.machines import LivingMachines
 from raygpt.train.worker import train_worker
@@ -42,24 +45,13 @@ _NO_MORE = ""
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
-def _window_dataset(job: Job, control: Any) -> Dataset:
-    """The stream from the latest checkpoint on; runs whenever a group of workers starts."""
-    damaged = ray.get(control.damaged.remote())
-    checkpoint = patiently(
-        lambda: checkpoints.latest(job.run, damaged=damaged), job.config.run.storage_patience
-    )
-    start = checkpoint.position.step if checkpoint else 0
-    readers = max(2, job.config.scale.max_workers)  # each worker leaves room for one
-    return window_dataset(job.plan, job.segments(start), job.token_bytes, readers)
-
-
-def fit(job: Job, control: Any, tell: Callable[[str], None], spares: bool) -> int | None:
+def fit(job: Job, control: Any, tell: Callable[[str], None], alone: bool) -> int | None:
     """Run the workers; returns the signal that stopped them before the end, if one did.
 
     Args:
         control: the driver's Control actor.
         tell: shows a text to the person who waits.
-        spares: keep a process ready for each worker of the next group.
+        alone: Ray was started on this machine, for this job.
 
     Raises:
         UserError: a worker met one.
@@ -72,7 +64,7 @@ def fit(job: Job, control: Any, tell: Callable[[str], None], spares: bool) -> in
     control.mark.remote(SCHEDULE, time.time())
     hearing = threading.Thread(target=_hear, args=(control, tell), name="hear", daemon=True)
     hearing.start()
-    trainer = _trainer(job, control, spares)
+    trainer = _trainer(job, control, alone)
     stopped_by = None
     with _signals() as signals, ThreadPoolExecutor(1, "fit") as executor:
         # Not in the main thread, where Ray would put its own handler for Ctrl-C.
@@ -96,23 +88,34 @@ def fit(job: Job, control: Any, tell: Callable[[str], None], spares: bool) -> in
 
 
 class _Trainer(TorchTrainer):
-    """Its elastic runs count on living machines only; Ray types it as its first version's."""
+    """Ray Train's, but its controller runs in the control actor, which saves a process, and its
+    elastic runs count on living machines only.  Ray types it as its first version's."""
+
+    control: Any
+    alone: bool
 
     def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
         if isinstance(arguments["scaling_policy"], ElasticScalingPolicy):
             arguments["scaling_policy"] = LivingMachines(self.scaling_config)  # type: ignore[arg-type]
-        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
+        if self.alone:  # another process, in case that the driver dies and the cluster lives on
+            arguments["callbacks"] = [
+                callback
+                for callback in arguments["callbacks"]
+                if not isinstance(callback, PlacementGroupCleanerCallback)
+            ]
+        result: ray.train.Result = ray.get(self.control.lead.remote(arguments))
+        return result
 
 
-def _trainer(job: Job, control: Any, spares: bool) -> TorchTrainer:
+def _trainer(job: Job, control: Any, alone: bool) -> TorchTrainer:
     config, scale = job.config, job.config.scale
     elastic = scale.min_workers < scale.max_workers
     workers = (scale.min_workers, scale.max_workers) if elastic else scale.max_workers
     gpus = {"GPU": float(scale.gpus_per_worker)} if scale.gpus_per_worker else {}
     device = torch.device("cuda" if gpus else "cpu")
-    return _Trainer(
+    trainer = _Trainer(
         train_worker,
-        train_loop_config={"job": job, "control": control, "spares": spares},
+        train_loop_config={"job": job, "control": control, "spares": not alone},
         torch_config=TorchConfig(backend=devices.backend(device)),
         scaling_config=ray.train.ScalingConfig(  # typed as that of Ray Train's first version
             num_workers=workers,  # type: ignore[arg-type]
@@ -121,7 +124,7 @@ def _trainer(job: Job, control: Any, spares: bool) -> TorchTrainer:
             # What is left of a worker's CPUs is for the read tasks.
             resources_per_worker={"CPU": scale.cpus_per_worker - READER_CPUS, **gpus},
         ),
-        datasets={"train": partial(_window_dataset, job, control)},
+        datasets={"train": partial(open_stream, job, control)},
         dataset_config=StreamConfig(),
         run_config=ray.train.RunConfig(
             name=config.run.name,
@@ -136,6 +139,8 @@ def _trainer(job: Job, control: Any, spares: bool) -> TorchTrainer:
             ],
         ),
     )
+    trainer.control, trainer.alone = control, alone
+    return trainer
 
 
 def _hear(control: Any, tell: Callable[[str], None]) -> None:

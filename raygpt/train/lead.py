@@ -13,7 +13,7 @@ from raygpt.runs.accounts import Accounts
 from raygpt.runs.files import CONFIG, METRICS, REPORT, TENSORBOARD, read_json_lines
 from raygpt.runs.history import FAILED, FINISHED, STOPPED
 from raygpt.storage import patiently, reason_of
-from raygpt.train import checkpoints, processes
+from raygpt.train import checkpoints
 from raygpt.train.chronicle import Chronicler
 from raygpt.train.console import Follower, say, table
 from raygpt.train.control import start_control
@@ -28,7 +28,7 @@ def train(
     rows: dict[str, str],
     warn: Callable[[str], None],
     step: int,
-    spares: bool,
+    alone: bool,
 ) -> None:
     """Train on the connected cluster, from ``step`` on.
 
@@ -36,7 +36,7 @@ def train(
         began: unix time at which the job began.
         rows: the plan, for the report.
         warn: says a text once.
-        spares: keep processes ready for workers that come later.
+        alone: Ray was started on this machine, for this job.
 
     Raises:
         UserError: something that only workers or the cluster could find.
@@ -47,14 +47,13 @@ def train(
         f"asking for {scale.workers} workers of {scale.cpus_per_worker:g} CPUs and "
         f"{scale.gpus_per_worker} GPUs ...",
     )
-    processes.start_ahead(scale)
     control = start_control(job.run, began)
     job.run.write_bytes(CONFIG, json.dumps(job.settings(), indent=1).encode())
     chronicler = Chronicler(job, rows, warn)
     follower = Follower(job.run, console, step, config.train.steps, config.train.log_every)
     try:
         with follower, chronicler:
-            stopped_by = fit(job, control, warn, spares)
+            stopped_by = fit(job, control, warn, alone)
     except Exception as error:
         chronicler.close(FAILED, reason_of(error))
         raise

@@ -54,9 +54,12 @@ _ASK_SECONDS = 2.0  # nobody waits long for a node that does not answer
 def environment() -> dict[str, str]:
     """Environment variables of the processes of workers; a user's own values go first."""
     ours = {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()}
-    # What Ray Train would add, so that all is known here.
-    added = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", **get_env_vars_to_propagate()}
-    return {**added, **ours}
+    return {**propagated(), **ours}  # what Ray Train would add, too, so that all is known here
+
+
+def propagated() -> dict[str, str]:
+    """Environment variables that Ray Train takes from the driver to its processes."""
+    return {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", **get_env_vars_to_propagate()}
 
 
 def import_all() -> None:

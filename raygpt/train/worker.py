@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -268,8 +269,7 @@ class Worker:
             raise MakeWay(f"made way after step {self.position.step - 1}")
 
     def _batches(self) -> Iterator[StepWindows]:
-        shard = ray.train.get_dataset_shard("train")
-        blocks = stream_blocks(shard)
+        blocks = stream_blocks(partial(ray.train.get_dataset_shard, "train"))
         return lane_steps(self.reader, self.segments, self.rank, self.world_size, blocks)
 
     def _advance(self, result: StepResult, tokens: int) -> None:
