@@ -36,7 +36,7 @@ PEAK_TFLOPS: dict[str, dict[torch.dtype, float]] = {
     "RTX 4090": {torch.bfloat16: 165.2, torch.float32: 82.6},
     "RTX 3090": {torch.bfloat16: 71.0, torch.float32: 35.6},
 }
-_PEAK_SIZE, _PEAK_TRIALS = 768, 4
+_PEAK_SIZE, _PEAK_FIRST, _PEAK_LATER = 768, 4, 16
 """Of the matrix product that shows what a CPU reaches."""
 
 
@@ -123,21 +123,35 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype)
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+class Peak:
     """Dense peak FLOP/s of this process's device, for MFU.
 
-    Of a GPU by its data sheet, None where that is not known; of a CPU what matrix products reach
-    on this process's threads, measured in a few hundredths of a second.
+    Of a GPU by its data sheet, None where that is not known.  Of a CPU the best that matrix
+    products have reached on this process's threads: a few at first, when other processes still
+    start beside it, and one more whenever :meth:`measure` is called, up to a number.
     """
-    if device.type == "cuda":
-        return peak_flops_of(torch.cuda.get_device_name(device), dtype)
-    a, b = (torch.ones(_PEAK_SIZE, _PEAK_SIZE, dtype=dtype) for _ in range(2))
-    out, took = torch.empty_like(a), []
-    for _ in range(_PEAK_TRIALS):
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.flops: float | None = None
+        self._left = 0
+        if device.type == "cuda":
+            self.flops = peak_flops_of(torch.cuda.get_device_name(device), dtype)
+            return
+        self._left = _PEAK_FIRST + _PEAK_LATER
+        self._factors = [torch.ones(_PEAK_SIZE, _PEAK_SIZE, dtype=dtype) for _ in range(2)]
+        self._product = torch.empty_like(self._factors[0])
+        for _ in range(_PEAK_FIRST):
+            self.measure()
+
+    def measure(self) -> None:
+        """Multiply once more, in about a hundredth of a second, if it has not been enough."""
+        if not self._left:
+            return
+        self._left -= 1
         began = time.perf_counter()
-        torch.mm(a, b, out=out)
-        took.append(time.perf_counter() - began)
-    return 2 * _PEAK_SIZE**3 / min(took)  # the one that nothing disturbed
+        torch.mm(*self._factors, out=self._product)
+        flops = 2 * _PEAK_SIZE**3 / (time.perf_counter() - began)
+        self.flops = max(flops, self.flops or 0.0)
 
 
 def peak_flops_of(name: str, dtype: torch.dtype) -> float | None:

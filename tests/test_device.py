@@ -138,8 +138,24 @@ def test_peaks_are_those_of_the_data_sheets(
 
 
 def test_the_peak_of_a_cpu_is_measured() -> None:
-    peak = devices.peak_flops(CPU, torch.float32)
-    assert peak is not None and 1e8 < peak < 1e14
+    peak = devices.Peak(CPU, torch.float32)
+    assert peak.flops is not None and 1e8 < peak.flops < 1e14
+
+
+def test_the_best_of_the_products_counts_and_after_some_there_are_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ticks = iter([0.0, 8.0] * 4 + [0.0, 2.0, 0.0, 5.0] + [0.0, 9.0] * 14)
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    peak, product = devices.Peak(CPU, torch.float32), 2 * 768**3
+    assert peak.flops == product / 8
+    seen = []
+    for _ in range(20):  # more than there are
+        peak.measure()
+        seen.append(peak.flops)
+    assert seen[0] == product / 2
+    assert set(seen) == {product / 2}
+    assert next(ticks, None) is None
 
 
 def test_a_timer_measures_what_lies_between() -> None:

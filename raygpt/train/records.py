@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from raygpt.config import ModelConfig
 from raygpt.data.hashes import batch_hash
+from raygpt.device import Peak
 from raygpt.sizes import flops_per_token
 from raygpt.train.checkpoints import Position
 from raygpt.train.progress import StepRecord
@@ -16,8 +17,8 @@ class Recorder:
     """Makes the records of one group of workers."""
 
     model: ModelConfig
-    peak: float | None
-    """Dense FLOP/s of each worker's device; None if not known."""
+    peak: Peak
+    """Of each worker's device."""
     world_size: int
 
     def record(
@@ -40,7 +41,7 @@ class Recorder:
             seconds: what it took, with ``data_wait`` of them for its windows.
             between: further columns, what the time since the step before it went into.
         """
-        now, step = round(time.time(), 3), position.step - 1
+        now, step, peak = round(time.time(), 3), position.step - 1, self.peak.flops
         speed = tokens / seconds
         flops = flops_per_token(self.model) * speed
         row = {
@@ -51,7 +52,7 @@ class Recorder:
             "grad_norm": result.grad_norm,
             "step_ms": round(1000 * seconds, 3),
             "tokens_per_s": round(speed, 2),
-            "mfu": flops / (self.peak * self.world_size) if self.peak else None,
+            "mfu": flops / (peak * self.world_size) if peak else None,
             "data_wait_ms": round(1000 * data_wait, 3),
             "world_size": self.world_size,
             "lane_ms": [round(ms, 3) for ms in result.lane_ms],

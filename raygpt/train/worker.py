@@ -79,8 +79,8 @@ class Worker:
         self.device = devices.worker_device(config.scale.gpus_per_worker or 0)
         devices.set_up(self.device, config.scale.threads, bool(config.train.exact))
         self.dtype = devices.resolve_precision(config.train.precision, self.device)
-        peak = devices.peak_flops(self.device, self.dtype)
-        self.recorder = Recorder(config.model, peak, self.world_size)
+        self.peak = devices.Peak(self.device, self.dtype)
+        self.recorder = Recorder(config.model, self.peak, self.world_size)
 
         torch.manual_seed(config.train.seed)
         self.model = GPT(config.model, job.n_vocab).to(self.device)
@@ -205,6 +205,7 @@ class Worker:
                     self.unsaved.append(record)
 
                 self.garbage.collect()
+                self.peak.measure()
                 with self.stopwatch.during("validation"):
                     record.add_val_loss(self._validate())
                 self._log_step(record)
