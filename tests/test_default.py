@@ -1,11 +1,14 @@
 """The README's first command: the embedded text, no cluster, from nothing to a sample."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -14,11 +17,21 @@ ROOT = Path(__file__).parent.parent
 STEPS = 1000
 
 
+HELPERS = "log_monitor.py", "monitor.py", "dashboard.py", "PlacementGroupCleaner", "TrainController"
+"""Processes that Ray or Ray Train would start, too, and that would take time from the workers."""
+
+
+def titles_of_children(pid: int) -> Iterator[str]:
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            yield " ".join(process.cmdline())
+
+
 @pytest.mark.xdist_group("ray")
 def test_the_default_learns_and_ends_with_a_sample(tmp_path: Path) -> None:
     """In fewer steps than the preset's; what all of them reach, benchmarks.recipes measures."""
-    every = str(STEPS // 2)
-    output = subprocess.run(
+    every, titles = str(STEPS // 2), set[str]()
+    with subprocess.Popen(
         [
             *(sys.executable, "jobs/train.py", "--run.storage", str(tmp_path)),
             *("--train.steps", str(STEPS), "--train.eval_every", every),
@@ -29,14 +42,21 @@ def test_the_default_learns_and_ends_with_a_sample(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        check=True,
-    ).stdout
+    ) as driver:
+        assert driver.stdout is not None
+        output = ""
+        for line in driver.stdout:
+            output += line
+            titles |= set(titles_of_children(driver.pid))
+    assert driver.returncode == 0, output
     rows = [
         json.loads(line)
         for line in (tmp_path / "shakespeare" / "metrics.jsonl").read_text().splitlines()
     ]
     assert len(rows) == STEPS and rows[-1]["val_loss"] <= 1.80  # nats a byte
     assert {row["world_size"] for row in rows} == {2}
+    assert any("RayTrainWorker" in title for title in titles)
+    assert not [title for title in titles for helper in HELPERS if helper in title]
     before, _, sample = output.partition(f"Sample at step {STEPS}:\n")
     assert "Result" in before and len(sample) > 150
     assert sample.strip() in (tmp_path / "shakespeare" / "samples.txt").read_text()

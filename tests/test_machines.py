@@ -10,7 +10,9 @@ import pytest
 import ray
 from ray._private.state import state as ray_state
 from ray.train import RunConfig
-from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import (
+    PlacementGroupCleanerCallback,
+)
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, NoopDecision
 from ray.train.v2.api.config import ScalingConfig
 
@@ -105,21 +107,26 @@ def test_a_cluster_that_cannot_be_asked_changes_nothing(
     assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
 
 
-def test_elastic_runs_have_this_policy(
-    ray_session: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_elastic_runs_have_this_policy(ray_session: None, tmp_path: Path) -> None:
     """Ray Train has no argument for it, so a hook of its own is used, which may go away."""
     used: dict[str, Any] = {}
 
-    def run(_: Any, **arguments: Any) -> Any:
+    def lead(arguments: dict[str, Any]) -> ray.ObjectRef[Any]:
         used.update(arguments)
-        return SimpleNamespace(error=None)
+        return ray.put(SimpleNamespace(error=None))
 
-    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", run)
-    for workers, expected in (((1, 2), machines.LivingMachines), (2, FixedScalingPolicy)):
+    control = SimpleNamespace(lead=SimpleNamespace(remote=lead))
+    for workers, alone, expected in (
+        ((1, 2), False, machines.LivingMachines),
+        (2, True, FixedScalingPolicy),
+    ):
         fit._Trainer(
+            control,
+            alone,
             print,
             scaling_config=ScalingConfig(num_workers=workers),
             run_config=RunConfig(name="run", storage_path=str(tmp_path)),
         ).fit()
         assert type(used["scaling_policy"]) is expected
+        kinds = {type(callback) for callback in used["callbacks"]}
+        assert (PlacementGroupCleanerCallback in kinds) is not alone, "its process is left out"

@@ -213,6 +213,54 @@ def test_training_goes_on_and_the_next_checkpoint_waits(played: Played) -> None:
     assert contents(run, 4) != contents(run, 1)
 
 
+def one_after_the_other(path: Path) -> None:
+    """Checkpoints whose second file is held up, at first with no update that waits for it."""
+    write_bytes, gate, second = Folder.write_bytes, threading.Event(), threading.Event()
+    written: list[str] = []
+
+    def write(folder: Folder, name: str, data: bytes | memoryview) -> None:
+        written.append(name)
+        if len(written) == 2:
+            second.set()
+            assert gate.wait(60)
+        write_bytes(folder, name, data)
+
+    def checkpoint(update: bool) -> list[str]:
+        """The names of its files, in the order in which they were written."""
+        written.clear()
+        second.clear()
+        gate.clear()
+        worker.save_elsewhere(path / "reference")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Folder, "write_bytes", write)
+            step = worker.step
+            worker.begin()
+            assert second.wait(60)
+            if update:
+                worker.saver.wait_for_copy()
+                worker.train()
+            gate.set()
+            worker.saver.wait()
+        assert contents(path / "run", step) == contents(path / "reference", step)
+        return [name for name in written if name.endswith(".safetensors")]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "PART_BYTES", PART_BYTES)
+        worker = Worker(path / "run")
+        places = worker.saver._snapshots._buffers
+        files = checkpoint(update=False)
+        assert len(files) > 3 and list(places) == [""]
+        assert checkpoint(update=True) == files
+        assert places.keys() == {"", *files[2:]}  # the first was stored, the second under way
+        assert checkpoint(update=True) == files
+        assert places.keys() == {"", *files}  # from now on at once
+    worker.close()
+
+
+def test_parts_are_copied_one_by_one_until_the_update_comes(tmp_path: Path) -> None:
+    on_workers(1, one_after_the_other, tmp_path)
+
+
 # --- when it refuses
 
 

@@ -91,19 +91,20 @@ class _Trainer(TorchTrainer):
     """Ray Train's, but its controller runs in the control actor, which saves a process, and its
     elastic runs count on living machines only.  Ray types it as its first version's."""
 
-    control: Any
-    alone: bool
+    def __init__(self, control: Any, alone: bool, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._control, self._alone = control, alone
 
     def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
         if isinstance(arguments["scaling_policy"], ElasticScalingPolicy):
             arguments["scaling_policy"] = LivingMachines(self.scaling_config)  # type: ignore[arg-type]
-        if self.alone:  # another process, in case that the driver dies and the cluster lives on
+        if self._alone:  # another process, in case that the driver dies and the cluster lives on
             arguments["callbacks"] = [
                 callback
                 for callback in arguments["callbacks"]
                 if not isinstance(callback, PlacementGroupCleanerCallback)
             ]
-        result: ray.train.Result = ray.get(self.control.lead.remote(arguments))
+        result: ray.train.Result = ray.get(self._control.lead.remote(arguments))
         return result
 
 
@@ -113,7 +114,9 @@ def _trainer(job: Job, control: Any, alone: bool) -> TorchTrainer:
     workers = (scale.min_workers, scale.max_workers) if elastic else scale.max_workers
     gpus = {"GPU": float(scale.gpus_per_worker)} if scale.gpus_per_worker else {}
     device = torch.device("cuda" if gpus else "cpu")
-    trainer = _Trainer(
+    return _Trainer(
+        control,
+        alone,
         train_worker,
         train_loop_config={"job": job, "control": control, "spares": not alone},
         torch_config=TorchConfig(backend=devices.backend(device)),
@@ -139,8 +142,6 @@ def _trainer(job: Job, control: Any, alone: bool) -> TorchTrainer:
             ],
         ),
     )
-    trainer.control, trainer.alone = control, alone
-    return trainer
 
 
 def _hear(control: Any, tell: Callable[[str], None]) -> None:

@@ -70,7 +70,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Snapshots:
-    """Copies of parts as the files they will be; their memory is used again for the next ones.
+    """Copies of parts as the files they will be; their places in memory are used again.
 
     Args:
         pinned: page-locked memory, into which a GPU copies fast.
@@ -80,8 +80,8 @@ class Snapshots:
         self._pinned = pinned
         self._buffers: dict[str, Tensor] = {}
 
-    def take(self, part: Part) -> memoryview:
-        """The file's bytes; valid until the part's next copy is taken.
+    def take(self, part: Part, place: str = "") -> memoryview:
+        """The file's bytes; valid until the next copy is taken to the same place.
 
         From a GPU the copy only begins here: synchronize its stream before reading.
         """
@@ -104,14 +104,15 @@ class Snapshots:
         header = json.dumps(entries, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         start = 8 + len(header)
-        buffer = self._buffers.get(part.file)
-        if buffer is None or len(buffer) != start + end:
+        buffer = self._buffers.get(place)
+        if buffer is None or len(buffer) < start + end:
             buffer = torch.empty(start + end, dtype=torch.uint8, pin_memory=self._pinned)
-            self._buffers[part.file] = buffer
+            self._buffers[place] = buffer
+        buffer = buffer[: start + end]
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]
         view[:start] = len(header).to_bytes(8, "little") + header
         for name, (begin, stop) in places.items():
             tensor = part.tensors[name]
-            place = buffer[start + begin : start + stop].view(tensor.dtype).view(tensor.shape)
-            place.copy_(tensor, non_blocking=self._pinned)
+            copy = buffer[start + begin : start + stop].view(tensor.dtype).view(tensor.shape)
+            copy.copy_(tensor, non_blocking=self._pinned)
         return view
