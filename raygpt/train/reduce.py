@@ -12,8 +12,8 @@ costs some more partial sums.  The exchange starts bucket by bucket in a DDP com
 during the backward pass of the worker's last lane.
 
 What travels goes from tensor to tensor: slices are sent from the bucket and gathered in place,
-and the buffers for what comes are kept from step to step (about one gradient more of memory),
-since copies and fresh pages were most of what the exchange cost on CPUs.
+since copies were most of what the exchange cost on CPUs.  What comes lies beside them until the
+end of the step, in memory that activations have left by then.
 
 What it gives up: DDP's own all-reduce, and with it the choice among its algorithms.
 """
@@ -162,7 +162,6 @@ class GradientSum:
         self._plan = reduce_plan((0,), 0, 1)
         self._waiting: dict[Node, Gradients] = {}
         self._exchanges: list[_Exchange] = []
-        self._received: dict[int, Tensor] = {}
         model.register_comm_hook(None, self._hook)
 
     def begin(self, plan: ReducePlan) -> None:
@@ -203,19 +202,17 @@ class GradientSum:
             for node in plan.forest.roots
             if node != plan.forest.nodes[last]
         ]
-        self._exchanges.append(self._start(bucket.index(), buffer, earlier))
+        self._exchanges.append(self._start(buffer, earlier))
         return future
 
-    def _start(self, index: int, buffer: Tensor, earlier: list[Tensor]) -> _Exchange:
+    def _start(self, buffer: Tensor, earlier: list[Tensor]) -> _Exchange:
         """Send each owner its slice of this worker's partial sums, and await those of its own."""
         plan, rank = self._plan, self._plan.rank
         mine = [*earlier, buffer]  # as in plan.forest.roots: the last lane's node comes last
         slices = [slices_of(part, plan.world_size) for part in mine]
         size = len(slices[-1][rank])
         coming = [(r, node) for r, nodes in enumerate(plan.parts) if r != rank for node in nodes]
-        received = self._received.get(index)
-        if received is None or received.shape != (len(coming), size):
-            received = self._received[index] = buffer.new_empty(len(coming), size)
+        received = buffer.new_empty(len(coming), size)  # of the heap, which keeps its pages
         parts = {node: part[rank] for node, part in zip(plan.parts[rank], slices, strict=True)}
         parts |= {node: row for (_, node), row in zip(coming, received, strict=True)}
         messages = [
