@@ -36,7 +36,7 @@ PEAK_TFLOPS: dict[str, dict[torch.dtype, float]] = {
     "RTX 4090": {torch.bfloat16: 165.2, torch.float32: 82.6},
     "RTX 3090": {torch.bfloat16: 71.0, torch.float32: 35.6},
 }
-_PEAK_SIZE, _PEAK_FIRST, _PEAK_LATER = 768, 4, 16
+_PEAK_SIZE, _PEAK_FIRST = 768, 4
 """Of the matrix product that shows what a CPU reaches."""
 
 
@@ -128,26 +128,28 @@ class Peak:
 
     Of a GPU by its data sheet, None where that is not known.  Of a CPU the best that matrix
     products have reached on this process's threads: a few at first, when other processes still
-    start beside it, and one more whenever :meth:`measure` is called, up to a number.
+    start beside it, and one at steps 1, 2, 4, 8, ... of this process.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.flops: float | None = None
-        self._left = 0
-        if device.type == "cuda":
+        self._steps = 0
+        self._on_cpu = device.type == "cpu"
+        if not self._on_cpu:
             self.flops = peak_flops_of(torch.cuda.get_device_name(device), dtype)
             return
-        self._left = _PEAK_FIRST + _PEAK_LATER
         self._factors = [torch.ones(_PEAK_SIZE, _PEAK_SIZE, dtype=dtype) for _ in range(2)]
         self._product = torch.empty_like(self._factors[0])
         for _ in range(_PEAK_FIRST):
-            self.measure()
+            self._measure()
 
-    def measure(self) -> None:
-        """Multiply once more, in about a hundredth of a second, if it has not been enough."""
-        if not self._left:
-            return
-        self._left -= 1
+    def count_step(self) -> None:
+        """A step has ended; measures again in about a hundredth of a second, if it is time."""
+        self._steps += 1
+        if self._on_cpu and self._steps.bit_count() == 1:
+            self._measure()
+
+    def _measure(self) -> None:
         began = time.perf_counter()
         torch.mm(*self._factors, out=self._product)
         flops = 2 * _PEAK_SIZE**3 / (time.perf_counter() - began)

@@ -142,19 +142,17 @@ def test_the_peak_of_a_cpu_is_measured() -> None:
     assert peak.flops is not None and 1e8 < peak.flops < 1e14
 
 
-def test_the_best_of_the_products_counts_and_after_some_there_are_no_more(
+def test_the_best_of_the_products_counts_and_they_become_rare(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ticks = iter([0.0, 8.0] * 4 + [0.0, 2.0, 0.0, 5.0] + [0.0, 9.0] * 14)
+    ticks = iter([0, 8] * 4 + [0, 9, 0, 4, 0, 5, 0, 2])  # at the start, after steps 1, 2, 4, 8
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
     peak, product = devices.Peak(CPU, torch.float32), 2 * 768**3
-    assert peak.flops == product / 8
-    seen = []
-    for _ in range(20):  # more than there are
-        peak.measure()
+    seen = [peak.flops]
+    for _ in range(15):
+        peak.count_step()
         seen.append(peak.flops)
-    assert seen[0] == product / 2
-    assert set(seen) == {product / 2}
+    assert seen == [product / n for n in [8] * 2 + [4] * 6 + [2] * 8]
     assert next(ticks, None) is None
 
 

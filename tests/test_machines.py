@@ -107,7 +107,9 @@ def test_a_cluster_that_cannot_be_asked_changes_nothing(
     assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
 
 
-def test_elastic_runs_have_this_policy(ray_session: None, tmp_path: Path) -> None:
+def test_ray_train_is_given_this_policy_and_alone_no_cleaner(
+    ray_session: None, tmp_path: Path
+) -> None:
     """Ray Train has no argument for it, so a hook of its own is used, which may go away."""
     used: dict[str, Any] = {}
 

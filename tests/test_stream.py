@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,24 @@ def test_the_stream_starts_beside_the_first_segment(tiny_corpus: Corpus) -> None
     first.append(next(steps))
     assert asked.wait(30)
     check([[*first, *steps]], reference(plan, segments), segments)
+
+
+def test_a_share_of_the_stream_is_asked_for_after_the_first_step(tiny_corpus: Corpus) -> None:
+    """Who has it is a process that starts meanwhile."""
+    plan = plan_of(tiny_corpus)
+    segments = Segments(0, 12, 3, plan.lanes)
+    asked = threading.Event()
+
+    def open_shard() -> Any:
+        asked.set()
+        blocks = dealt_in_turns(plan, segments, 1, rank=0)
+        return SimpleNamespace(iter_batches=lambda **_: blocks)
+
+    steps = lane_steps(WindowReader(plan), segments, 0, 1, stream_blocks(open_shard))
+    first = next(steps)
+    assert not asked.is_set()
+    check([[first, *steps]], reference(plan, segments), segments)
+    assert asked.is_set()
 
 
 def test_a_run_of_one_segment_starts_no_stream(tiny_corpus: Corpus) -> None:

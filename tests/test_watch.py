@@ -24,6 +24,7 @@ _SERIES = re.compile(r"^(ray_raygpt_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
 def fetch(url: str) -> str:
     token = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+    # The dashboard imports Ray Train when it is asked for its page for the first time.
     with urllib.request.urlopen(urllib.request.Request(url, headers=token), timeout=60) as answer:
         text: str = answer.read().decode()
         return text

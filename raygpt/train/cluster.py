@@ -49,11 +49,11 @@ def connect(meanwhile: Callable[[], None]) -> bool:
     address = os.environ.get("RAY_ADDRESS", "")
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    if not address and not ray.is_initialized():
-        local.start(meanwhile)
-        return True
     if ray.is_initialized():
         return False
+    if not address:
+        local.start(meanwhile)
+        return True
     try:
         host, _, port = address.rpartition("://")[2].rpartition(":")
         if host and port.isdigit():  # Ray itself would try for minutes

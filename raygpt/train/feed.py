@@ -1,4 +1,7 @@
-"""What feeds a group of workers: the stream from the latest checkpoint on."""
+"""What feeds a group of workers: the stream from the latest checkpoint on.
+
+In a module of its own, so that the controller's process, which calls it, imports no model.
+"""
 
 from typing import Any
 

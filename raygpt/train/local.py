@@ -1,11 +1,11 @@
 """A Ray on this machine for one job, with no more processes than training needs.
 
 ``ray.init`` would also start a server of pages, a process that follows logs, and one that asks for
-machines.  Nobody uses them here, and beside two workers on two cores they and the timers of the
-others took one part in twenty of the machine.
+machines.  Nobody uses them here, and they and the timers of the others take time from workers that
+have all cores.
 
-What it gives up: to be independent of Ray's insides; that Ray's own tools (``ray list``) can look
-at a local run.
+What it gives up: to be independent of Ray's insides; that Ray's own tools (``ray list``) and
+Prometheus can look at a local run.
 """
 
 import logging
@@ -25,7 +25,7 @@ _SETTINGS = {
     # (the CPUs) how many processes may start at once
     "RAY_worker_maximum_startup_concurrency": str(max(8, os.cpu_count() or 1)),
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # (1) nobody drains this machine
-    # What its processes do again and again, a tenth of a second apart or less.
+    # What its processes do again and again, most of it every tenth of a second.
     "RAY_event_stats": "0",  # (1)
     "RAY_enable_metrics_collection": "0",  # (1) nobody asks for them
     "RAY_task_events_report_interval_ms": "0",  # (1000) for the server of pages
@@ -62,6 +62,6 @@ def start(launched: Callable[[], None]) -> None:
 
     ray._private.node.Node = LeanNode  # type: ignore[misc, assignment]
     try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
     finally:
         ray._private.node.Node = Node  # type: ignore[misc]

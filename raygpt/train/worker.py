@@ -205,7 +205,7 @@ class Worker:
                     self.unsaved.append(record)
 
                 self.garbage.collect()
-                self.peak.measure()
+                self.peak.count_step()
                 with self.stopwatch.during("validation"):
                     record.add_val_loss(self._validate())
                 self._log_step(record)
