@@ -10,13 +10,20 @@ Prometheus can look at a local run.
 
 import logging
 import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import ray
 import ray._private.node
 from ray._private.node import Node
 from ray._private.parameter import RayParams
+from ray._private.ray_constants import PROCESS_TYPE_RAYLET
+
+from raygpt.train import forked
+from raygpt.train.template import Template
 
 _SETTINGS = {
     # Defaults of Ray in parentheses.  A user's own settings of these variables go first.
@@ -38,6 +45,9 @@ _SETTINGS = {
 }
 
 
+_template = cache(Template)
+
+
 def start(launched: Callable[[], None]) -> None:
     """Start Ray here and connect to it; it ends with this process.
 
@@ -49,6 +59,10 @@ def start(launched: Callable[[], None]) -> None:
 
     class LeanNode(Node):
         def __init__(self, ray_params: RayParams, **arguments: Any) -> None:
+            if sys.platform == "linux":
+                with suppress(OSError):  # processes then start as Ray starts them
+                    os.environ[forked.TEMPLATE] = _template().address
+                    ray_params.setup_worker_path = forked.__file__
             ray_params.include_log_monitor = False  # type: ignore[assignment]
             ray_params.no_monitor = True
             super().__init__(ray_params, **arguments)
@@ -58,6 +72,8 @@ def start(launched: Callable[[], None]) -> None:
 
         def start_raylet(self, *arguments: Any, **more: Any) -> None:
             super().start_raylet(*arguments, **more)
+            if forked.TEMPLATE in os.environ:
+                _template().serve(self.all_processes[PROCESS_TYPE_RAYLET][0].process.pid)
             launched()
 
     ray._private.node.Node = LeanNode  # type: ignore[misc, assignment]
@@ -65,3 +81,4 @@ def start(launched: Callable[[], None]) -> None:
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     finally:
         ray._private.node.Node = Node  # type: ignore[misc]
+        os.environ.pop(forked.TEMPLATE, None)  # Ray's processes have it

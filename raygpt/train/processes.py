@@ -29,19 +29,11 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
 from raygpt.config import ScaleConfig
+from raygpt.train import malloc
 from raygpt.train.cluster import room
 
-_MALLOC = {
-    # Kernels allocate and free the same sizes in each step.  Left alone, glibc hands large ones
-    # back to the kernel, which fills fresh pages with zeros the next time: up to 10 % of a step.
-    "mmap_threshold": 2**30,
-    "trim_threshold": 2**32,
-    "top_pad": 2**24,
-    "arena_max": 1,  # the training thread would have heaps of its own, of 64 MiB
-    "hugetlb": 1,
-}
 _ENVIRONMENT = {
-    "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in _MALLOC.items()),
+    malloc.NAME: malloc.tunables(),
     WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.import_all",
 }
 SPARE_AFTER_SECONDS = 20.0

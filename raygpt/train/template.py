@@ -1,0 +1,145 @@
+"""The template: a process that imports what all of a local Ray's need, and then forks them.
+
+Ray starts each process from nothing, and each imports torch and Ray again, which takes seconds of
+a core: on two cores, nearly all of the time until the first step.  What a local run starts instead
+(``forked.py``) asks for a copy of this process, which is there in milliseconds.
+
+What it gives up: to be independent of how Ray starts its processes; modules are imported before
+the environment of a process is known; Linux only.  Without a template, or should it die, processes
+start as Ray starts them.
+"""
+
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from raygpt.train import forked, malloc
+
+_BEFORE_RAY = "torch", "torch._dynamo"
+_MODULES = (
+    "ray._private.workers.setup_worker",
+    "raygpt.train.control",
+    "raygpt.train.feed",
+    "raygpt.train.processes",
+)
+_ENVIRONMENT = {
+    # Only a process with a single thread can be forked safely.
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
+_JOB, _RAYLET = "RAY_JOB_ID", "RAY_RAYLET_PID"
+_FIRST_JOB = "01000000"
+_BACKLOG = 128
+
+
+class Template:
+    """The running template; processes that find its address in their environment may ask it.
+
+    It ends with the process that started it.
+
+    Raises:
+        OSError: the folder for temporary files cannot be used, or its name is too long.
+    """
+
+    def __init__(self) -> None:
+        # Nobody else may look into the folder, so nobody else can connect.
+        self._folder = TemporaryDirectory(prefix="raygpt-")
+        self.address = str(Path(self._folder.name) / "template")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self.address)
+            listener.listen(_BACKLOG)
+            number = listener.fileno()
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(number)],
+                env={**os.environ, **_ENVIRONMENT, malloc.NAME: malloc.tunables()},
+                stdin=subprocess.PIPE,  # closed with this process, however that ends
+                pass_fds=[number],
+                start_new_session=True,  # Ctrl-C is for the driver
+                text=True,
+            )
+
+    def serve(self, raylet: int) -> None:
+        """Have copies of it serve the first job of a Ray.
+
+        Args:
+            raylet: process id of the raylet.
+        """
+        assert self.process.stdin is not None
+        with suppress(OSError):  # it has died
+            print(raylet, file=self.process.stdin, flush=True)
+
+
+def main() -> None:
+    with socket.socket(fileno=int(sys.argv[1])) as listener:
+        for module in _BEFORE_RAY:
+            import_module(module)
+        # Ray's library reads them once, as it is loaded.
+        ours = {_JOB: _FIRST_JOB, _RAYLET: sys.stdin.readline().strip()}
+        os.environ.update(ours)
+        for module in _MODULES:
+            import_module(module)
+        import_module("raygpt.train.processes").import_all()
+        request = _serve(listener, ours)
+    if request is not None:
+        _become(request)
+
+
+def _serve(listener: socket.socket, ours: dict[str, str]) -> dict[str, Any] | None:
+    """Fork for each request whose environment has ``ours``; returns it in the child, and nothing
+    when nobody needs this any more or nobody can be served."""
+    if len(os.listdir("/proc/self/task")) > 1:
+        return None
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that have ended
+    gc.collect()
+    gc.freeze()  # else each copy's first collection would write to all of it
+    while True:
+        ready, _, _ = select.select([listener, sys.stdin], [], [])
+        if sys.stdin in ready:
+            return None
+        with suppress(OSError, ValueError), listener.accept()[0] as connection:
+            _, files, _, _ = socket.recv_fds(connection, 1, 3)
+            with connection.makefile("rb") as stream:
+                request: dict[str, Any] = json.load(stream)
+            if not ours.items() <= request["environment"].items():
+                continue
+            child = not os.fork()
+            for number, file in enumerate(files):
+                if child:
+                    os.dup2(file, number)
+                os.close(file)
+            if child:
+                return request
+            connection.sendall(b".")
+
+
+def _become(request: dict[str, Any]) -> None:
+    """Go on as Ray's process that was asked for; what its ``setup_worker.py`` does, and then the
+    program itself, without starting Python again."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setpgid(0, 0)  # Ray kills a process's group with it
+    os.chdir(request["folder"])
+    os.setpriority(os.PRIO_PROCESS, 0, request["niceness"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    setup = import_module(_MODULES[0])
+    asked, arguments = setup.parser.parse_known_args(request["arguments"])
+    context = setup.RuntimeEnvContext.deserialize(asked.serialized_runtime_env_context or "{}")
+    import_module("ray._private.utils").update_envs(context.env_vars)
+    program = next(a for a in arguments if a.endswith(forked.PROGRAM))
+    sys.argv = arguments[arguments.index(program) :]
+    runpy.run_path(program, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
