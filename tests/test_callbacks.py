@@ -14,7 +14,7 @@ from raygpt.storage import Folder, StorageError
 from raygpt.train import callbacks
 from raygpt.train.callbacks import Farewell, Judge, find_user_error
 from raygpt.train.checkpoints import METADATA, checkpoint_name
-from raygpt.train.control import MakeWay
+from raygpt.train.votes import MakeWay
 
 
 class Wrapped(Exception):

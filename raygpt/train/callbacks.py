@@ -30,7 +30,7 @@ from raygpt.errors import UserError
 from raygpt.runs.accounts import SCHEDULE, START
 from raygpt.storage import Folder, StorageError, patiently, reason_of
 from raygpt.train import checkpoints
-from raygpt.train.control import MakeWay
+from raygpt.train.votes import MakeWay
 
 logger = logging.getLogger("ray.train")
 MAX_STARTS_WITHOUT_A_CHECKPOINT = 5

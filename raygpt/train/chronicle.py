@@ -12,13 +12,12 @@ from functools import partial
 
 from raygpt.data.tokenizer import load_tokenizer
 from raygpt.errors import UserError
-from raygpt.generate import sample_text
 from raygpt.runs.files import REPORT, SAMPLES
 from raygpt.runs.history import RUNNING, History
 from raygpt.runs.report import Facts, render_report
 from raygpt.sizes import num_params
 from raygpt.storage import reason_of
-from raygpt.train import checkpoints, state
+from raygpt.train import checkpoints
 from raygpt.train.job import Job
 from raygpt.train.trackers import start_trackers
 
@@ -129,6 +128,10 @@ class Sampler:
         return self._texts.get(step, "")
 
     def _sample(self, step: int) -> str:
+        # Not above: it takes seconds to import torch, and there is nothing to sample yet.
+        from raygpt.generate import sample_text
+        from raygpt.train import state
+
         train = self._job.config.train
         try:
             loaded = state.load_model(self._job.run.child(checkpoints.checkpoint_name(step)).uri)

@@ -20,12 +20,14 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from raygpt.config import ScaleConfig
 from raygpt.errors import UserError
-from raygpt.train import growth, local
+from raygpt.train import growth, local, malloc
 from raygpt.train.growth import Shape
+from raygpt.train.template import Template
 
 CONNECT_SECONDS = 10.0
 _SETTINGS = {
     # Defaults of Ray Train in parentheses.  A user's own settings of these variables go first.
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # (0)
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # (2) how soon a lost worker is noticed
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # (5) how soon a drained node is
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # (60) waiting for a node that is gone
@@ -34,11 +36,12 @@ _SETTINGS = {
 }
 
 
-def connect(meanwhile: Callable[[], None]) -> bool:
+def connect(meanwhile: Callable[[], None], template: Template | None = None) -> bool:
     """Connect to the cluster at ``RAY_ADDRESS``, or start Ray on this machine.
 
     Args:
         meanwhile: called when there is nothing to do for a while but to wait.
+        template: what the processes of a Ray that is started here shall be copies of.
 
     Returns:
         Whether Ray was started here, to end with this process.
@@ -52,7 +55,7 @@ def connect(meanwhile: Callable[[], None]) -> bool:
     if ray.is_initialized():
         return False
     if not address:
-        local.start(meanwhile)
+        local.start(meanwhile, template)
         return True
     try:
         host, _, port = address.rpartition("://")[2].rpartition(":")
@@ -68,12 +71,16 @@ def connect(meanwhile: Callable[[], None]) -> bool:
             f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}); start it, correct "
             "RAY_ADDRESS, or unset it to train on this machine"
         ) from error
+    if get_dashboard_url():  # whose page of runs costs one more process
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     return False
 
 
-def has_dashboard() -> bool:
-    """Whether somebody can look at Ray's dashboard."""
-    return bool(get_dashboard_url())
+def passed_on() -> dict[str, str]:
+    """Environment variables of the driver that Ray Train reads where it runs."""
+    ours = {*_SETTINGS, malloc.NAME}
+    names = [name for name in os.environ if name in ours or name.startswith("RAY_TRAIN_")]
+    return {name: os.environ[name] for name in sorted(names)}
 
 
 def _check_token(address: str) -> None:

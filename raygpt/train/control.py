@@ -1,5 +1,5 @@
-"""The actor beside the workers: it runs Ray Train's controller, and takes requests to the workers:
-make way for a resize or a drained node, stop for good, or save what they have.
+"""The actor beside the workers: it runs Ray Train, and takes requests to the workers: make way
+for a resize or a drained node, stop for good, or save what they have.
 
 The driver (Ctrl-C, SIGTERM) and the controller (a resize) put a request to :class:`Control`; each
 worker's listener hears of it, see ``listener.py``.
@@ -7,40 +7,24 @@ worker's listener hears of it, see ``listener.py``.
 
 import asyncio
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.train import Result
-from ray.train.v2._internal.execution.controller import TrainController
 
 from raygpt.errors import UserError
 from raygpt.runs.accounts import CONNECT, TRAIN, Mark
 from raygpt.storage import Folder
-from raygpt.train.processes import propagated
-
-MAKE_WAY, STOP = 0, 1
-"""Positions of the votes."""
-
-
-class MakeWay(Exception):
-    """Ends this group of workers, which has nothing to save; another one goes on."""
-
+from raygpt.train.cluster import passed_on
+from raygpt.train.job import Job
+from raygpt.train.votes import Requests
 
 OTHER_DRIVER_SECONDS = 20.0
 """How long a driver waits for another one of the same run to be gone."""
 
 
-class Requests(NamedTuple):
-    """How often each request was made since the driver began."""
-
-    make_way: int = 0
-    stop: int = 0
-    rescue: int = 0
-
-
 class Control:
-    """Runs the controller, and holds the requests of a driver, what workers say to it, and the
+    """Runs Ray Train, and holds the requests of a driver, what workers say to it, and the
     phases of the run; an asynchronous actor.
 
     Args:
@@ -55,12 +39,19 @@ class Control:
         self._damaged: set[int] = set()
         self._marks: list[Mark] = [(CONNECT, began)]
 
-    async def lead(self, arguments: dict[str, Any]) -> Result:
-        """Run Ray Train's controller until the run ends.
+    async def lead(self, job: Job, alone: bool) -> Exception | None:
+        """Run the workers under Ray Train until the run ends; returns what ended it, if it was
+        neither done nor stopped.
 
-        In a thread with a loop of its own: its callbacks wait, also for this actor's answers.
+        Args:
+            alone: Ray was started on this machine, for this job.
         """
-        return await asyncio.to_thread(asyncio.run, _lead(arguments))
+        # Not above: the driver imports this module, and needs neither torch nor Ray Train.
+        from raygpt.train.trainer import train
+
+        control = ray.get_runtime_context().current_actor
+        # In a thread: it waits, also for this actor's answers.
+        return await asyncio.to_thread(train, job, control, alone)
 
     async def request(self, kind: str) -> None:
         """Ask the workers: ``make_way``, ``stop`` or ``rescue``.
@@ -125,12 +116,6 @@ class Control:
         return self._marks
 
 
-async def _lead(arguments: dict[str, Any]) -> Result:
-    controller = TrainController(**arguments)
-    await controller.run()
-    return controller.get_result()
-
-
 def start_control(run: Folder, began: float) -> ActorHandle:
     """The control actor of this driver, on its node; it ends with the driver.
 
@@ -144,7 +129,7 @@ def start_control(run: Folder, began: float) -> ActorHandle:
         num_cpus=0,
         max_concurrency=1000,
         label_selector={"ray.io/node-id": node},
-        runtime_env={"env_vars": propagated()},
+        runtime_env={"env_vars": passed_on()},
     )
     deadline = time.monotonic() + OTHER_DRIVER_SECONDS
     while True:

@@ -1,9 +1,11 @@
 """The driver: checks everything, connects to Ray, and hands over to ``lead.py``.
 
-Torch and Ray take seconds to import, which a mistake need not wait for: so they are imported once
-all is checked, and most of it while Ray starts.
+Torch and Ray take seconds to import, which a mistake need not wait for: this process imports Ray
+once all is checked, and torch for the first sample.
 """
 
+import os
+import sys
 import time
 from collections.abc import Container
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -24,6 +26,7 @@ from raygpt.train.job import (
     shown_settings,
     with_absolute_storage,
 )
+from raygpt.train.template import Template, started
 
 
 def run(config: Config, dry_run: bool = False, began: float | None = None) -> None:
@@ -36,7 +39,14 @@ def run(config: Config, dry_run: bool = False, began: float | None = None) -> No
         UserError: a setting, the corpus, the storage, the cluster or an earlier part of the run
             is not as it must be; nothing was trained or written over.
     """
-    console, began = Console(), began or time.time()
+    # Nothing has imported Ray: so this process is connected to none.
+    local = not (dry_run or os.environ.get("RAY_ADDRESS") or "ray" in sys.modules)
+    with started(wanted=local) as template:
+        _run(config, dry_run, began or time.time(), template)
+
+
+def _run(config: Config, dry_run: bool, began: float, template: Template | None) -> None:
+    console = Console()
     config = with_absolute_storage(config)
     if not dry_run:
         Folder.from_path(config.run.storage).check_writable()
@@ -64,21 +74,20 @@ def run(config: Config, dry_run: bool = False, began: float | None = None) -> No
     from raygpt.train import cluster
 
     with ThreadPoolExecutor(1, "import") as executor:
-        alone = cluster.connect(meanwhile=lambda: _import(executor))
+        alone = cluster.connect(meanwhile=lambda: _import(executor), template=template)
         scale = cluster.fit_scale(job.config.scale, alone)
         job = replace(job, config=replace(job.config, scale=scale))
-        from raygpt.train import processes
+        if not alone:
+            from raygpt.train import processes
 
-        # Before this process has imported all that it needs itself: workers take longer.
-        processes.start_ahead(scale)
+            processes.start_ahead(scale)
         from raygpt.train import lead
 
     lead.train(job, console, began, rows, warn, step, alone)
 
 
 def _import(executor: Executor) -> None:
-    """Import what the driver needs, first what it needs first."""
-    executor.submit(import_module, "raygpt.train.processes")
+    """Import what the driver needs next."""
     executor.submit(import_module, "raygpt.train.lead")
 
 

@@ -10,19 +10,26 @@ Prometheus can look at a local run.
 
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
-from functools import cache
 from typing import Any
 
 import ray
 import ray._private.node
+from ray._private import services
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
+from ray._private.services import start_ray_process
+from ray._raylet import (  # type: ignore[attr-defined]
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    METRICS_AGENT_PORT_NAME,
+    METRICS_EXPORT_PORT_NAME,
+    persist_port,
+)
 
-from raygpt.train import forked
+from raygpt.train import agent, forked
 from raygpt.train.template import Template
 
 _SETTINGS = {
@@ -38,6 +45,9 @@ _SETTINGS = {
     "RAY_task_events_report_interval_ms": "0",  # (1000) for the server of pages
     "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "5",  # (0.1) as well
     "REPORTER_UPDATE_INTERVAL_MS": "60000",  # (5000) as well
+    # (1000 and 10) its first try comes before there is an answer
+    "RAY_raylet_client_connect_timeout_milliseconds": "50",
+    "RAY_raylet_client_num_connect_attempts": "600",
     "RAY_raylet_check_gc_period_milliseconds": "1000",  # (100)
     "RAY_object_manager_timer_freq_ms": "1000",  # (100)
     "RAY_local_fs_monitor_interval_ms": "1000",  # (100)
@@ -45,13 +55,26 @@ _SETTINGS = {
 }
 
 
-_template = cache(Template)
+_AGENT = "--dashboard_agent_command="
+_AGENT_SERVICES = (
+    METRICS_AGENT_PORT_NAME,
+    METRICS_EXPORT_PORT_NAME,
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+)
+_NOT_IN_USE = -1  # as the agent of a minimal installation says it
 
 
-def start(launched: Callable[[], None]) -> None:
+def _start_with_idle_agent(command: list[str], *arguments: Any, **more: Any) -> Any:
+    idle = _AGENT + subprocess.list2cmdline([sys.executable, "-S", agent.__file__])
+    command = [idle if option.startswith(_AGENT) else option for option in command]
+    return start_ray_process(command, *arguments, **more)
+
+
+def start(launched: Callable[[], None], template: Template | None) -> None:
     """Start Ray here and connect to it; it ends with this process.
 
     Args:
+        template: what its processes shall be copies of.
         launched: called once its processes are on their way, before they answer.
     """
     for name, value in _SETTINGS.items():
@@ -59,10 +82,9 @@ def start(launched: Callable[[], None]) -> None:
 
     class LeanNode(Node):
         def __init__(self, ray_params: RayParams, **arguments: Any) -> None:
-            if sys.platform == "linux":
-                with suppress(OSError):  # processes then start as Ray starts them
-                    os.environ[forked.TEMPLATE] = _template().address
-                    ray_params.setup_worker_path = forked.__file__
+            if template is not None:
+                os.environ[forked.TEMPLATE] = template.address
+                ray_params.setup_worker_path = forked.__file__
             ray_params.include_log_monitor = False  # type: ignore[assignment]
             ray_params.no_monitor = True
             super().__init__(ray_params, **arguments)
@@ -71,9 +93,15 @@ def start(launched: Callable[[], None]) -> None:
             self._webui_url = ""
 
         def start_raylet(self, *arguments: Any, **more: Any) -> None:
-            super().start_raylet(*arguments, **more)
-            if forked.TEMPLATE in os.environ:
-                _template().serve(self.all_processes[PROCESS_TYPE_RAYLET][0].process.pid)
+            for service in _AGENT_SERVICES:
+                persist_port(self.get_session_dir_path(), self._node_id, service, _NOT_IN_USE)
+            services.start_ray_process = _start_with_idle_agent
+            try:
+                super().start_raylet(*arguments, **more)
+            finally:
+                services.start_ray_process = start_ray_process
+            if template is not None:
+                template.serve(self.all_processes[PROCESS_TYPE_RAYLET][0].process.pid)
             launched()
 
     ray._private.node.Node = LeanNode  # type: ignore[misc, assignment]

@@ -19,7 +19,6 @@ from typing import Any
 
 import grpc
 import ray
-from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
@@ -46,17 +45,12 @@ _ASK_SECONDS = 2.0  # nobody waits long for a node that does not answer
 def environment() -> dict[str, str]:
     """Environment variables of the processes of workers; a user's own values go first."""
     ours = {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()}
-    return {**propagated(), **ours}  # what Ray Train would add, too, so that all is known here
-
-
-def propagated() -> dict[str, str]:
-    """Environment variables that Ray Train takes from the driver to its processes."""
-    return {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", **get_env_vars_to_propagate()}
+    return {**get_env_vars_to_propagate(), **ours}  # Ray Train would add them: so all is known here
 
 
 def import_all() -> None:
     """What a worker needs before it can train; Ray calls it in a new process."""
-    import_module("raygpt.train.fit")
+    import_module("raygpt.train.worker")
     import_module("torch._dynamo")  # which torch's optimizers ask for, even if nothing is compiled
 
 

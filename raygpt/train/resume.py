@@ -10,9 +10,9 @@ from torch import nn
 from raygpt.storage import Folder, patiently
 from raygpt.train import checkpoints, state
 from raygpt.train.checkpoints import Position
-from raygpt.train.control import MakeWay
 from raygpt.train.listener import Listener
 from raygpt.train.progress import StepRecord
+from raygpt.train.votes import MakeWay
 
 
 def resume(

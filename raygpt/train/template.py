@@ -2,7 +2,8 @@
 
 Ray starts each process from nothing, and each imports torch and Ray again, which takes seconds of
 a core: on two cores, nearly all of the time until the first step.  What a local run starts instead
-(``forked.py``) asks for a copy of this process, which is there in milliseconds.
+(``forked.py``) asks for a copy of this process, which is there in milliseconds.  It is started
+before anything else, and imports while the driver does its part.
 
 What it gives up: to be independent of how Ray starts its processes; modules are imported before
 the environment of a process is known; Linux only.  Without a template, or should it die, processes
@@ -18,7 +19,8 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,42 +29,36 @@ from typing import Any
 from raygpt.train import forked, malloc
 
 _BEFORE_RAY = "torch", "torch._dynamo"
-_MODULES = (
-    "ray._private.workers.setup_worker",
-    "raygpt.train.control",
-    "raygpt.train.feed",
-    "raygpt.train.processes",
-)
+_SETUP = "ray._private.workers.setup_worker"
+_MODULES = _SETUP, "raygpt.train.control", "raygpt.train.trainer", "raygpt.train.processes"
 _ENVIRONMENT = {
     # Only a process with a single thread can be forked safely.
     "OPENBLAS_NUM_THREADS": "1",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }
-_JOB, _RAYLET = "RAY_JOB_ID", "RAY_RAYLET_PID"
 _FIRST_JOB = "01000000"
 _BACKLOG = 128
 
 
 class Template:
-    """The running template; processes that find its address in their environment may ask it.
+    """The running template.
 
-    It ends with the process that started it.
+    Args:
+        folder: for its socket; nobody else may look into it, so nobody else can connect.
 
     Raises:
-        OSError: the folder for temporary files cannot be used, or its name is too long.
+        OSError: the name of the folder is too long for a socket.
     """
 
-    def __init__(self) -> None:
-        # Nobody else may look into the folder, so nobody else can connect.
-        self._folder = TemporaryDirectory(prefix="raygpt-")
-        self.address = str(Path(self._folder.name) / "template")
+    def __init__(self, folder: str) -> None:
+        self.address = str(Path(folder) / "template")
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(self.address)
             listener.listen(_BACKLOG)
             number = listener.fileno()
             self.process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(number)],
-                env={**os.environ, **_ENVIRONMENT, malloc.NAME: malloc.tunables()},
+                env={**os.environ, malloc.NAME: malloc.tunables()},
                 stdin=subprocess.PIPE,  # closed with this process, however that ends
                 pass_fds=[number],
                 start_new_session=True,  # Ctrl-C is for the driver
@@ -70,39 +66,63 @@ class Template:
             )
 
     def serve(self, raylet: int) -> None:
-        """Have copies of it serve the first job of a Ray.
+        """Have copies serve the first job of a Ray, in this process's environment.
 
         Args:
             raylet: process id of the raylet.
         """
+        # Ray's library reads them once, as it is loaded.
+        of_job = {"RAY_RAYLET_PID": str(raylet), "RAY_JOB_ID": _FIRST_JOB}
         assert self.process.stdin is not None
         with suppress(OSError):  # it has died
-            print(raylet, file=self.process.stdin, flush=True)
+            print(json.dumps([dict(os.environ), of_job]), file=self.process.stdin, flush=True)
+
+
+@contextmanager
+def started(wanted: bool) -> Iterator[Template | None]:
+    """A template, while this lasts; its copies may live on."""
+    if not wanted or sys.platform != "linux":
+        yield None
+        return
+    with TemporaryDirectory(prefix="raygpt-", ignore_cleanup_errors=True) as folder:
+        try:
+            template = Template(folder)
+        except OSError:
+            yield None
+            return
+        try:
+            yield template
+        finally:
+            template.process.kill()
+            template.process.communicate()
 
 
 def main() -> None:
+    gc.disable()  # collections would take a tenth of the imports' time
+    os.environ.update(_ENVIRONMENT)
     with socket.socket(fileno=int(sys.argv[1])) as listener:
         for module in _BEFORE_RAY:
             import_module(module)
-        # Ray's library reads them once, as it is loaded.
-        ours = {_JOB: _FIRST_JOB, _RAYLET: sys.stdin.readline().strip()}
-        os.environ.update(ours)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        environment, of_job = json.loads(line)
+        os.environ.update({**environment, **_ENVIRONMENT, **of_job})
         for module in _MODULES:
             import_module(module)
         import_module("raygpt.train.processes").import_all()
-        request = _serve(listener, ours)
+        request = _serve(listener, of_job)
     if request is not None:
         _become(request)
 
 
-def _serve(listener: socket.socket, ours: dict[str, str]) -> dict[str, Any] | None:
-    """Fork for each request whose environment has ``ours``; returns it in the child, and nothing
-    when nobody needs this any more or nobody can be served."""
+def _serve(listener: socket.socket, of_job: dict[str, str]) -> dict[str, Any] | None:
+    """Fork for each request of this job; returns it in the child, and nothing when nobody needs
+    this any more or nobody can be served."""
     if len(os.listdir("/proc/self/task")) > 1:
         return None
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that have ended
-    gc.collect()
-    gc.freeze()  # else each copy's first collection would write to all of it
+    gc.freeze()  # else a copy's first collection would write to all of it
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
         if sys.stdin in ready:
@@ -111,28 +131,29 @@ def _serve(listener: socket.socket, ours: dict[str, str]) -> dict[str, Any] | No
             _, files, _, _ = socket.recv_fds(connection, 1, 3)
             with connection.makefile("rb") as stream:
                 request: dict[str, Any] = json.load(stream)
-            if not ours.items() <= request["environment"].items():
-                continue
-            child = not os.fork()
+            known = of_job.items() <= request["environment"].items()
+            child = known and not os.fork()
             for number, file in enumerate(files):
                 if child:
                     os.dup2(file, number)
                 os.close(file)
             if child:
                 return request
-            connection.sendall(b".")
+            if known:
+                connection.sendall(b".")
 
 
 def _become(request: dict[str, Any]) -> None:
     """Go on as Ray's process that was asked for; what its ``setup_worker.py`` does, and then the
     program itself, without starting Python again."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    gc.enable()
     os.setpgid(0, 0)  # Ray kills a process's group with it
     os.chdir(request["folder"])
     os.setpriority(os.PRIO_PROCESS, 0, request["niceness"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    setup = import_module(_MODULES[0])
+    setup = import_module(_SETUP)
     asked, arguments = setup.parser.parse_known_args(request["arguments"])
     context = setup.RuntimeEnvContext.deserialize(asked.serialized_runtime_env_context or "{}")
     import_module("ray._private.utils").update_envs(context.env_vars)

@@ -28,7 +28,6 @@ from raygpt.storage import patiently
 from raygpt.train import checkpoints, notice, state
 from raygpt.train.checkpoints import Position
 from raygpt.train.compiled import CompiledLayers
-from raygpt.train.control import STOP, MakeWay
 from raygpt.train.garbage import Garbage
 from raygpt.train.gauges import Gauges
 from raygpt.train.host import check_reachable, gather_machines
@@ -44,6 +43,7 @@ from raygpt.train.saver import Saver
 from raygpt.train.step import Stepper, StepResult
 from raygpt.train.straggler import Stragglers
 from raygpt.train.validation import Validation
+from raygpt.train.votes import STOP, MakeWay
 
 MAX_SKIPPED_IN_A_ROW = 10
 
