@@ -17,20 +17,25 @@ ROOT = Path(__file__).parent.parent
 STEPS = 1000
 
 
-HELPERS = "log_monitor.py", "monitor.py", "dashboard.py", "PlacementGroupCleaner", "TrainController"
+HELPERS = (
+    *("log_monitor.py", "monitor.py", "dashboard.py", "DashboardAgent"),
+    *("PlacementGroupCleaner", "TrainController"),
+)
 """Processes that Ray or Ray Train would start, too, and that would take time from the workers."""
 
 
-def titles_of_children(pid: int) -> Iterator[str]:
+def children(pid: int) -> Iterator[tuple[str, str]]:
+    """Titles of all processes that came of one, and of whom they were forked."""
     for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has ended
-            yield " ".join(process.cmdline())
+            parent = process.parent()
+            yield " ".join(process.cmdline()), " ".join(parent.cmdline() if parent else [])
 
 
 @pytest.mark.xdist_group("ray")
 def test_the_default_learns_and_ends_with_a_sample(tmp_path: Path) -> None:
     """In fewer steps than the preset's; what all of them reach, benchmarks.recipes measures."""
-    every, titles = str(STEPS // 2), set[str]()
+    every, seen = str(STEPS // 2), set[tuple[str, str]]()
     with subprocess.Popen(
         [
             *(sys.executable, "jobs/train.py", "--run.storage", str(tmp_path)),
@@ -47,7 +52,7 @@ def test_the_default_learns_and_ends_with_a_sample(tmp_path: Path) -> None:
         output = ""
         for line in driver.stdout:
             output += line
-            titles |= set(titles_of_children(driver.pid))
+            seen |= set(children(driver.pid))
     assert driver.returncode == 0, output
     rows = [
         json.loads(line)
@@ -55,8 +60,9 @@ def test_the_default_learns_and_ends_with_a_sample(tmp_path: Path) -> None:
     ]
     assert len(rows) == STEPS and rows[-1]["val_loss"] <= 1.80  # nats a byte
     assert {row["world_size"] for row in rows} == {2}
-    assert any("RayTrainWorker" in title for title in titles)
-    assert not [title for title in titles for helper in HELPERS if helper in title]
+    parents = {parent for title, parent in seen if "RayTrainWorker" in title}
+    assert parents and all("raygpt.train.template" in parent for parent in parents)
+    assert not [title for title, _ in seen for helper in HELPERS if helper in title]
     before, _, sample = output.partition(f"Sample at step {STEPS}:\n")
     assert "Result" in before and len(sample) > 150
     assert sample.strip() in (tmp_path / "shakespeare" / "samples.txt").read_text()

@@ -16,7 +16,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import (
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, NoopDecision
 from ray.train.v2.api.config import ScalingConfig
 
-from raygpt.train import fit, machines
+from raygpt.train import machines, trainer
 
 CPU = {"CPU": 1.0}
 
@@ -108,22 +108,21 @@ def test_a_cluster_that_cannot_be_asked_changes_nothing(
 
 
 def test_ray_train_is_given_this_policy_and_alone_no_cleaner(
-    ray_session: None, tmp_path: Path
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray Train has no argument for it, so a hook of its own is used, which may go away."""
     used: dict[str, Any] = {}
 
-    def lead(arguments: dict[str, Any]) -> ray.ObjectRef[Any]:
+    async def run(arguments: dict[str, Any]) -> Any:
         used.update(arguments)
-        return ray.put(SimpleNamespace(error=None))
+        return SimpleNamespace(error=None)
 
-    control = SimpleNamespace(lead=SimpleNamespace(remote=lead))
+    monkeypatch.setattr(trainer, "_run", run)
     for workers, alone, expected in (
         ((1, 2), False, machines.LivingMachines),
         (2, True, FixedScalingPolicy),
     ):
-        fit._Trainer(
-            control,
+        trainer.Trainer(
             alone,
             print,
             scaling_config=ScalingConfig(num_workers=workers),

@@ -14,6 +14,7 @@ from head import ready
 from ray.train.torch import TorchTrainer
 
 from raygpt.config import ScaleConfig
+from raygpt.train.cluster import passed_on
 from raygpt.train.processes import (
     environment,
     first_places,
@@ -67,7 +68,11 @@ def wait_for_idle() -> int:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_workers_get_the_processes_that_were_started_ahead(tmp_path: Path) -> None:
+def test_workers_get_the_processes_that_were_started_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in passed_on().items():
+        monkeypatch.setenv(name, value)
     assert not idle()
     start_ahead(ScaleConfig("1"))
     ahead = wait_for_idle()

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 
 from raygpt.data.tokenizer import load_tokenizer
 from raygpt.errors import UserError
@@ -26,6 +27,7 @@ INTERVAL_SECONDS_REMOTE = 60.0
 SAMPLED_BYTES = 2**31
 """Weights up to this size are sampled while the run goes on."""
 _LOWEST_PRIORITY = 19
+_TO_SAMPLE = "raygpt.generate", "raygpt.train.state"
 
 
 class Chronicler:
@@ -79,6 +81,8 @@ class Chronicler:
     def _sample(self) -> None:
         events = self._history.events[self._earlier :]
         saved = [e["step"] for e in events if e["kind"] == "checkpoint"]
+        if self._small:
+            self.samples.prepare()
         if saved and self._small:
             self.samples.add(max(saved))
 
@@ -127,8 +131,12 @@ class Sampler:
             self._texts[step] = self._sample(step)
         return self._texts.get(step, "")
 
+    def prepare(self) -> None:
+        """Import what it takes to sample: seconds that the start of a run need not wait for."""
+        for module in _TO_SAMPLE if self._job.config.train.sample_prompt else ():
+            import_module(module)
+
     def _sample(self, step: int) -> str:
-        # Not above: it takes seconds to import torch, and there is nothing to sample yet.
         from raygpt.generate import sample_text
         from raygpt.train import state
 

@@ -1,0 +1,150 @@
+"""Copies of the template: what they are asked to be, and processes without it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from raygpt.train import forked
+from raygpt.train.template import Template, started
+
+pytestmark = pytest.mark.xdist_group("template")
+PROGRAM = """
+import json, os, sys, threading
+told = {
+    "arguments": sys.argv,
+    "torch": "torch._dynamo" in sys.modules,
+    "name": __name__,
+    "folder": os.getcwd(),
+    "variables": dict(os.environ),
+    "group": os.getpgid(0) == os.getpid(),
+    "files": sorted(os.listdir("/proc/self/fd")),
+    "threads": threading.active_count(),
+    "niceness": os.nice(0),
+}
+print(json.dumps(told), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def template() -> Iterator[Template]:
+    with started(wanted=True) as template:
+        assert template is not None
+        template.serve(os.getpid())
+        yield template
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> str:
+    """In place of Ray's, which would look for its raylet."""
+    file = tmp_path / "default_worker.py"
+    file.write_text(PROGRAM)
+    (tmp_path / "setup_worker.py").write_text(f"import runpy; runpy.run_path({str(file)!r})")
+    return str(file)
+
+
+def ask(template: Template, program: str, *more: str, **variables: str) -> dict[str, Any]:
+    """What a process tells that was started as a raylet starts it."""
+    environment = {
+        **os.environ,
+        forked.TEMPLATE: template.address,
+        "RAY_RAYLET_PID": str(os.getpid()),
+        "RAY_JOB_ID": "01000000",
+        **variables,
+    }
+    with subprocess.Popen(
+        [sys.executable, forked.__file__, "-s", program, "--node-id=1", *more],
+        env=environment,
+        cwd=Path(program).parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as started:
+        assert started.stdout is not None
+        told: dict[str, Any] = json.loads(started.stdout.readline())
+    return told
+
+
+def context(**entries: Any) -> str:
+    return f"--serialized-runtime-env-context={json.dumps(entries)}"
+
+
+def test_a_copy_is_what_was_asked_for(template: Template, program: str) -> None:
+    entries = context(env_vars={"COLOR": "blue", "BOTH": "${COLOR}"})
+    told = ask(template, program, "--language=PYTHON", entries, OWN="1")
+    assert told["torch"], "it was not forked"
+    assert told["arguments"] == [program, "--node-id=1"] and told["name"] == "__main__"
+    assert told["folder"] == str(Path(program).parent)
+    expected = {"COLOR": "blue", "BOTH": "blue", "OWN": "1"}
+    assert expected.items() <= told["variables"].items()
+    assert "OPENBLAS_NUM_THREADS" not in told["variables"], "that of the template alone"
+    assert told["group"], "Ray would kill the template, and all other copies, with it"
+    assert told["files"][:3] == ["0", "1", "2"] and len(told["files"]) <= 4, "it keeps files open"
+    assert told["threads"] == 1 and told["niceness"] == os.nice(0)
+
+
+def test_nothing_is_kept_of_copies_that_have_ended(template: Template, program: str) -> None:
+    ask(template, program)
+    children = psutil.Process(template.process.pid).children()
+    _, left = psutil.wait_procs(children, timeout=60)
+    assert not left
+
+
+@pytest.mark.parametrize(
+    ("more", "variables"),
+    [
+        ((), {"RAY_JOB_ID": "02000000"}),
+        ((), {"RAY_RAYLET_PID": "1"}),
+        ((), {forked.TEMPLATE: "/nowhere"}),
+        (("--language=PYTHON", context(command_prefix=["true", "&&"])), {}),
+        (("--language=PYTHON", context(py_executable="uv run python")), {}),
+    ],
+)
+def test_what_it_cannot_be_is_started_as_ray_starts_it(
+    template: Template, program: str, more: tuple[str, ...], variables: dict[str, str]
+) -> None:
+    told = ask(template, program, *more, **variables)
+    assert not told["torch"] and told["arguments"][-1] in (more[-1:] or ["--node-id=1"])
+
+
+def test_copies_outlive_it_and_without_it_processes_start(program: str) -> None:
+    with started(wanted=True) as template:
+        assert template is not None
+        template.serve(os.getpid())
+        assert ask(template, program)["torch"]
+        template.process.send_signal(signal.SIGKILL)
+        template.process.wait()
+        assert not ask(template, program)["torch"]
+
+
+def test_it_ends_with_who_started_it(tmp_path: Path) -> None:
+    script = (
+        "import os, time\n"
+        "from raygpt.train.template import Template\n"
+        f"template = Template({str(tmp_path)!r})\n"
+        "template.serve(1)\n"
+        "print(template.process.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+    ) as starter:
+        assert starter.stdout is not None
+        process = psutil.Process(int(starter.stdout.readline()))
+        starter.kill()
+    process.wait(60)
+
+
+def test_where_nothing_is_wanted_nothing_is_started() -> None:
+    before = psutil.Process().children()
+    with started(wanted=False) as template:
+        assert template is None
+        assert psutil.Process().children() == before
