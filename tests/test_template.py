@@ -17,7 +17,20 @@ from raygpt.train.template import Template, started
 
 pytestmark = pytest.mark.xdist_group("template")
 PROGRAM = """
-import json, os, sys, threading
+import json, os, random, sys, threading
+
+def draw():
+    if "ray" not in sys.modules:
+        return []
+    import numpy
+    from ray._raylet import JobID, PlacementGroupID
+    ours = PlacementGroupID.of(JobID.from_int(1)).hex()
+    other = []
+    thread = threading.Thread(target=lambda: other.append(PlacementGroupID.of(JobID.from_int(1))))
+    thread.start()
+    thread.join()
+    return [ours, other[0].hex(), random.random(), numpy.random.random()]
+
 told = {
     "arguments": sys.argv,
     "torch": "torch._dynamo" in sys.modules,
@@ -28,6 +41,7 @@ told = {
     "files": sorted(os.listdir("/proc/self/fd")),
     "threads": threading.active_count(),
     "niceness": os.nice(0),
+    "drawn": draw(),
 }
 print(json.dumps(told), flush=True)
 sys.stdin.read()
@@ -89,6 +103,13 @@ def test_a_copy_is_what_was_asked_for(template: Template, program: str) -> None:
     assert told["group"], "Ray would kill the template, and all other copies, with it"
     assert told["files"][:3] == ["0", "1", "2"] and len(told["files"]) <= 4, "it keeps files open"
     assert told["threads"] == 1 and told["niceness"] == os.nice(0)
+
+
+def test_no_two_copies_draw_the_same_random_numbers(template: Template, program: str) -> None:
+    """Ray names its tasks and placement groups by them."""
+    drawn = [ask(template, program)["drawn"] for _ in range(3)]
+    numbers = [number for three in drawn for number in three]
+    assert len(numbers) == 12 == len(set(numbers))
 
 
 def test_nothing_is_kept_of_copies_that_have_ended(template: Template, program: str) -> None:

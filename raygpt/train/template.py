@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 from raygpt.train import forked, malloc
@@ -108,19 +109,50 @@ def main() -> None:
             return
         environment, of_job = json.loads(line)
         os.environ.update({**environment, **_ENVIRONMENT, **of_job})
-        for module in _MODULES:
-            import_module(module)
-        import_module("raygpt.train.processes").import_all()
-        request = _serve(listener, of_job)
+        _import_ray()
+        request = _serve(listener, of_job) if _can_be_copied() else None
     if request is not None:
         _become(request)
 
 
+def _import_ray() -> None:
+    """Import what is left, without that Ray's library draws a random number.
+
+    Its generator would be the same in all copies, and two of them would name different things
+    alike.  Ray draws one for each class of actors that a module defines.
+    """
+    library: Any = import_module("ray._raylet")
+    actor: Any = import_module("ray.actor")
+    of_class = library.ActorClassID
+    actor.ActorClassID = SimpleNamespace(from_random=lambda: of_class(os.urandom(of_class.size())))
+    try:
+        for module in _MODULES:
+            import_module(module)
+        import_module("raygpt.train.processes").import_all()
+    finally:
+        actor.ActorClassID = of_class
+
+
+def _can_be_copied() -> bool:
+    """Whether this process has one thread, and two copies draw different random numbers."""
+    library = import_module("ray._raylet")
+    drawn = set()
+    for _ in range(2):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(writer, library.PlacementGroupID.of(library.JobID.from_int(1)).binary())
+            os._exit(0)
+        os.waitpid(child, 0)
+        drawn.add(os.read(reader, 100))
+        os.close(reader)
+        os.close(writer)
+    return len(drawn) == 2 and len(os.listdir("/proc/self/task")) == 1
+
+
 def _serve(listener: socket.socket, of_job: dict[str, str]) -> dict[str, Any] | None:
     """Fork for each request of this job; returns it in the child, and nothing when nobody needs
-    this any more or nobody can be served."""
-    if len(os.listdir("/proc/self/task")) > 1:
-        return None
+    this any more."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that have ended
     gc.freeze()  # else a copy's first collection would write to all of it
     while True:
@@ -153,6 +185,7 @@ def _become(request: dict[str, Any]) -> None:
     os.setpriority(os.PRIO_PROCESS, 0, request["niceness"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    import_module("numpy").random.seed()  # Python's own generators are afresh in each copy
     setup = import_module(_SETUP)
     asked, arguments = setup.parser.parse_known_args(request["arguments"])
     context = setup.RuntimeEnvContext.deserialize(asked.serialized_runtime_env_context or "{}")
