@@ -1,8 +1,8 @@
 """A Ray on this machine for one job, with no more processes than training needs.
 
-``ray.init`` would also start a server of pages, a process that follows logs, and one that asks for
-machines.  Nobody uses them here, and they and the timers of the others take time from workers that
-have all cores.
+``ray.init`` would also start a server of pages, its agent, a process that follows logs, and one
+that asks for machines.  Nobody uses them here, and they and the timers of the others take time from
+workers that have all cores.  The processes that do the work are copies of a template.
 
 What it gives up: to be independent of Ray's insides; that Ray's own tools (``ray list``) and
 Prometheus can look at a local run.
@@ -43,18 +43,14 @@ _SETTINGS = {
     "RAY_event_stats": "0",  # (1)
     "RAY_enable_metrics_collection": "0",  # (1) nobody asks for them
     "RAY_task_events_report_interval_ms": "0",  # (1000) for the server of pages
-    "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "5",  # (0.1) as well
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # (5000) as well
-    # (1000 and 10) its first try comes before there is an answer
-    "RAY_raylet_client_connect_timeout_milliseconds": "50",
-    "RAY_raylet_client_num_connect_attempts": "600",
     "RAY_raylet_check_gc_period_milliseconds": "1000",  # (100)
     "RAY_object_manager_timer_freq_ms": "1000",  # (100)
     "RAY_local_fs_monitor_interval_ms": "1000",  # (100)
     "RAY_kill_idle_workers_interval_ms": "1000",  # (200)
+    # (1000 and 10) Ray's daemon asks itself, first before it can answer.
+    "RAY_raylet_client_connect_timeout_milliseconds": "50",
+    "RAY_raylet_client_num_connect_attempts": "600",
 }
-
-
 _AGENT = "--dashboard_agent_command="
 _AGENT_SERVICES = (
     METRICS_AGENT_PORT_NAME,
@@ -62,12 +58,6 @@ _AGENT_SERVICES = (
     DASHBOARD_AGENT_LISTEN_PORT_NAME,
 )
 _NOT_IN_USE = -1  # as the agent of a minimal installation says it
-
-
-def _start_with_idle_agent(command: list[str], *arguments: Any, **more: Any) -> Any:
-    idle = _AGENT + subprocess.list2cmdline([sys.executable, "-S", agent.__file__])
-    command = [idle if option.startswith(_AGENT) else option for option in command]
-    return start_ray_process(command, *arguments, **more)
 
 
 def start(launched: Callable[[], None], template: Template | None) -> None:
@@ -110,3 +100,9 @@ def start(launched: Callable[[], None], template: Template | None) -> None:
     finally:
         ray._private.node.Node = Node  # type: ignore[misc]
         os.environ.pop(forked.TEMPLATE, None)  # Ray's processes have it
+
+
+def _start_with_idle_agent(command: list[str], *arguments: Any, **more: Any) -> Any:
+    idle = _AGENT + subprocess.list2cmdline([sys.executable, "-S", agent.__file__])
+    command = [idle if option.startswith(_AGENT) else option for option in command]
+    return start_ray_process(command, *arguments, **more)

@@ -134,19 +134,21 @@ def _import_ray() -> None:
 
 
 def _can_be_copied() -> bool:
-    """Whether this process has one thread, and two copies draw different random numbers."""
-    library = import_module("ray._raylet")
+    """Whether this process has one thread, and two copies can use GPUs and draw different random
+    numbers."""
+    library, cuda = import_module("ray._raylet"), import_module("torch.cuda")
     drawn = set()
     for _ in range(2):
         reader, writer = os.pipe()
         child = os.fork()
         if not child:
-            os.write(writer, library.PlacementGroupID.of(library.JobID.from_int(1)).binary())
+            number = library.PlacementGroupID.of(library.JobID.from_int(1)).binary()
+            os.write(writer, b"" if cuda._is_in_bad_fork() else number)
             os._exit(0)
         os.waitpid(child, 0)
+        os.close(writer)
         drawn.add(os.read(reader, 100))
         os.close(reader)
-        os.close(writer)
     return len(drawn) == 2 and len(os.listdir("/proc/self/task")) == 1
 
 
