@@ -1,6 +1,9 @@
 """A small run that can be disturbed: its settings, and what its files say of it."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,6 +25,7 @@ train:
 scale: {{workers: "1:{MAX_WORKERS}", gpus_per_worker: 0}}
 """
 _LINE_BYTES = 4096
+_ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,13 @@ class Trial:
         """What starts the driver."""
         settings = ("--config", str(self.folder / "run.yaml"), "--run.name", self.name)
         return ["python", "jobs/train.py", *settings, "--train.steps", str(self.steps)]
+
+    def train_here(self) -> None:
+        """Train it to its end without a cluster."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        command = [sys.executable, *self.program[1:]]
+        done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def rows(self) -> list[dict[str, Any]]:
         """A line for every step of the finished history."""
