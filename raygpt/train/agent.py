@@ -10,7 +10,7 @@ CHECK_SECONDS = 1.0
 
 
 def main() -> None:
-    raylet = os.getppid()
+    raylet = int(os.environ["RAY_RAYLET_PID"])
     while os.getppid() == raylet:
         time.sleep(CHECK_SECONDS)
 

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -36,11 +35,10 @@ _SETTINGS = {
 }
 
 
-def connect(meanwhile: Callable[[], None], template: Template | None = None) -> bool:
+def connect(template: Template | None = None) -> bool:
     """Connect to the cluster at ``RAY_ADDRESS``, or start Ray on this machine.
 
     Args:
-        meanwhile: called when there is nothing to do for a while but to wait.
         template: what the processes of a Ray that is started here shall be copies of.
 
     Returns:
@@ -55,7 +53,7 @@ def connect(meanwhile: Callable[[], None], template: Template | None = None) -> 
     if ray.is_initialized():
         return False
     if not address:
-        local.start(meanwhile, template)
+        local.start(template)
         return True
     try:
         host, _, port = address.rpartition("://")[2].rpartition(":")
@@ -63,7 +61,6 @@ def connect(meanwhile: Callable[[], None], template: Template | None = None) -> 
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
             if "://" not in address:
                 _check_token(address)
-        meanwhile()
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__

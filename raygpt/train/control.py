@@ -6,7 +6,9 @@ worker's listener hears of it, see ``listener.py``.
 """
 
 import asyncio
+import threading
 import time
+from importlib import import_module
 from typing import Any
 
 import ray
@@ -19,6 +21,8 @@ from raygpt.train.cluster import passed_on
 from raygpt.train.job import Job
 from raygpt.train.votes import Requests
 
+_TRAINER = "raygpt.train.trainer"
+"""Imported by the actor only: the driver has this module, and needs neither torch nor Ray Train."""
 OTHER_DRIVER_SECONDS = 20.0
 """How long a driver waits for another one of the same run to be gone."""
 
@@ -38,6 +42,8 @@ class Control:
         self._said: list[str] = []
         self._damaged: set[int] = set()
         self._marks: list[Mark] = [(CONNECT, began)]
+        # Seconds, if this process is no copy of a template; nobody waits for them yet.
+        threading.Thread(target=import_module, args=(_TRAINER,), daemon=True).start()
 
     async def lead(self, job: Job, alone: bool) -> Exception | None:
         """Run the workers under Ray Train until the run ends; returns what ended it, if it was
@@ -46,12 +52,9 @@ class Control:
         Args:
             alone: Ray was started on this machine, for this job.
         """
-        # Not above: the driver imports this module, and needs neither torch nor Ray Train.
-        from raygpt.train.trainer import train
-
         control = ray.get_runtime_context().current_actor
         # In a thread: it waits, also for this actor's answers.
-        return await asyncio.to_thread(train, job, control, alone)
+        return await asyncio.to_thread(_lead, job, control, alone)
 
     async def request(self, kind: str) -> None:
         """Ask the workers: ``make_way``, ``stop`` or ``rescue``.
@@ -114,6 +117,11 @@ class Control:
     async def marks(self) -> list[Mark]:
         """The driver's beginning, and the phases since the last group began to train."""
         return self._marks
+
+
+def _lead(job: Job, control: ActorHandle, alone: bool) -> Exception | None:
+    ended_by: Exception | None = import_module(_TRAINER).train(job, control, alone)
+    return ended_by
 
 
 def start_control(run: Folder, began: float) -> ActorHandle:

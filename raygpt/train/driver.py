@@ -8,9 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Container
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
-from importlib import import_module
 
 from rich.console import Console
 
@@ -73,22 +71,19 @@ def _run(config: Config, dry_run: bool, began: float, template: Template | None)
     say(console, "connecting to Ray ...")
     from raygpt.train import cluster
 
-    with ThreadPoolExecutor(1, "import") as executor:
-        alone = cluster.connect(meanwhile=lambda: _import(executor), template=template)
-        scale = cluster.fit_scale(job.config.scale, alone)
-        job = replace(job, config=replace(job.config, scale=scale))
-        if not alone:
-            from raygpt.train import processes
+    alone = cluster.connect(template)
+    scale = cluster.fit_scale(job.config.scale, alone)
+    job = replace(job, config=replace(job.config, scale=scale))
+    from raygpt.train.control import start_control
 
-            processes.start_ahead(scale)
-        from raygpt.train import lead
+    control = start_control(job.run, began)  # first, since its process has most to import
+    if not alone:
+        from raygpt.train import processes
 
-    lead.train(job, console, began, rows, warn, step, alone)
+        processes.start_ahead(scale)
+    from raygpt.train import lead
 
-
-def _import(executor: Executor) -> None:
-    """Import what the driver needs next."""
-    executor.submit(import_module, "raygpt.train.lead")
+    lead.train(job, control, console, began, rows, warn, step, alone)
 
 
 def _warn(console: Console, text: str, known: Container[str]) -> None:

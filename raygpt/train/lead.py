@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ray.actor import ActorHandle
 from rich.console import Console
 
 from raygpt.errors import UserError
@@ -16,13 +17,13 @@ from raygpt.storage import patiently, reason_of
 from raygpt.train import checkpoints
 from raygpt.train.chronicle import Chronicler
 from raygpt.train.console import Follower, say, table
-from raygpt.train.control import start_control
 from raygpt.train.fit import fit
 from raygpt.train.job import Job
 
 
 def train(
     job: Job,
+    control: ActorHandle,
     console: Console,
     began: float,
     rows: dict[str, str],
@@ -33,6 +34,7 @@ def train(
     """Train on the connected cluster, from ``step`` on.
 
     Args:
+        control: the control actor of this driver.
         began: unix time at which the job began.
         rows: the plan, for the report.
         warn: says a text once.
@@ -47,7 +49,6 @@ def train(
         f"asking for {scale.workers} workers of {scale.cpus_per_worker:g} CPUs and "
         f"{scale.gpus_per_worker} GPUs ...",
     )
-    control = start_control(job.run, began)
     job.run.write_bytes(CONFIG, json.dumps(job.settings(), indent=1).encode())
     chronicler = Chronicler(job, rows, warn)
     follower = Follower(job.run, console, step, config.train.steps, config.train.log_every)

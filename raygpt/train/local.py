@@ -12,7 +12,6 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -60,12 +59,11 @@ _AGENT_SERVICES = (
 _NOT_IN_USE = -1  # as the agent of a minimal installation says it
 
 
-def start(launched: Callable[[], None], template: Template | None) -> None:
+def start(template: Template | None) -> None:
     """Start Ray here and connect to it; it ends with this process.
 
     Args:
         template: what its processes shall be copies of.
-        launched: called once its processes are on their way, before they answer.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -92,7 +90,6 @@ def start(launched: Callable[[], None], template: Template | None) -> None:
                 services.start_ray_process = start_ray_process
             if template is not None:
                 template.serve(self.all_processes[PROCESS_TYPE_RAYLET][0].process.pid)
-            launched()
 
     ray._private.node.Node = LeanNode  # type: ignore[misc, assignment]
     try:

@@ -31,10 +31,6 @@ from raygpt.config import ScaleConfig
 from raygpt.train import malloc
 from raygpt.train.cluster import room
 
-_ENVIRONMENT = {
-    malloc.NAME: malloc.tunables(),
-    WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.import_all",
-}
 SPARE_AFTER_SECONDS = 20.0
 """A spare takes the time of its imports from the workers, where they have all CPUs."""
 _SPARE_SECONDS = 30 * 24 * 3600
@@ -44,8 +40,12 @@ _ASK_SECONDS = 2.0  # nobody waits long for a node that does not answer
 
 def environment() -> dict[str, str]:
     """Environment variables of the processes of workers; a user's own values go first."""
-    ours = {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()}
-    return {**get_env_vars_to_propagate(), **ours}  # Ray Train would add them: so all is known here
+    hook = os.environ.get(WORKER_PROCESS_SETUP_HOOK_ENV_VAR, f"{__name__}.import_all")
+    return {
+        **get_env_vars_to_propagate(),  # Ray Train would add them: so all is known here
+        malloc.NAME: malloc.tunables(),
+        WORKER_PROCESS_SETUP_HOOK_ENV_VAR: hook,
+    }
 
 
 def import_all() -> None:

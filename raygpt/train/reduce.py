@@ -212,7 +212,7 @@ class GradientSum:
         slices = [slices_of(part, plan.world_size) for part in mine]
         size = len(slices[-1][rank])
         coming = [(r, node) for r, nodes in enumerate(plan.parts) if r != rank for node in nodes]
-        received = buffer.new_empty(len(coming), size)  # fresh pages would cost: processes.py
+        received = buffer.new_empty(len(coming), size)  # fresh pages would cost: malloc.py
         parts = {node: part[rank] for node, part in zip(plan.parts[rank], slices, strict=True)}
         parts |= {node: row for (_, node), row in zip(coming, received, strict=True)}
         messages = [
