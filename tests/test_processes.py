@@ -11,9 +11,10 @@ import psutil
 import pytest
 import ray.train
 from head import ready
-from ray.train.torch import TorchTrainer
 
 from raygpt.config import ScaleConfig
+from raygpt.train import trainer
+from raygpt.train.cluster import passed_on
 from raygpt.train.processes import (
     environment,
     first_places,
@@ -22,6 +23,8 @@ from raygpt.train.processes import (
     start_spare,
 )
 
+SETTINGS = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}
+"""Variables as ``cluster.connect`` sets them."""
 MODULES = ["torch._dynamo", "raygpt.train.worker"]
 
 
@@ -38,15 +41,24 @@ def train(folder: Path, name: str) -> dict[str, Any]:
         file.write_text(json.dumps(told))
         start_spare()
 
-    TorchTrainer(
-        tell,
-        scaling_config=ray.train.ScalingConfig(num_workers=1),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=str(folder),
-            worker_runtime_env={"env_vars": environment()},  # type: ignore[call-arg]
-        ),
-    ).fit()
+    class Control:
+        """As ours: its workers inherit its environment."""
+
+        def lead(self) -> None:
+            trainer.Trainer(
+                False,
+                tell,
+                scaling_config=ray.train.ScalingConfig(num_workers=1),
+                run_config=ray.train.RunConfig(
+                    name=name,
+                    storage_path=str(folder),
+                    worker_runtime_env={"env_vars": environment()},  # type: ignore[call-arg]
+                ),
+            ).fit()
+
+    actor: Any = ray.remote(Control).options(num_cpus=0, runtime_env={"env_vars": passed_on()})
+    control = actor.remote()
+    ray.get(control.lead.remote())
     told: dict[str, Any] = json.loads(file.read_text())
     return told
 
@@ -70,8 +82,8 @@ def wait_for_idle() -> int:
 def test_workers_get_the_processes_that_were_started_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As cluster.connect() does; Ray Train would add it.
-    monkeypatch.setenv("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
+    for variable, value in SETTINGS.items():
+        monkeypatch.setenv(variable, value)
     assert not idle()
     start_ahead(ScaleConfig("1"))
     ahead = wait_for_idle()

@@ -44,7 +44,8 @@ told = {
     "drawn": draw(),
 }
 print(json.dumps(told), flush=True)
-sys.stdin.read()
+for line in sys.stdin:
+    print(line, end="", flush=True)
 """
 
 
@@ -61,12 +62,14 @@ def program(tmp_path: Path) -> str:
     """In place of Ray's, which would look for its raylet."""
     file = tmp_path / "default_worker.py"
     file.write_text(PROGRAM)
-    (tmp_path / "setup_worker.py").write_text(f"import runpy; runpy.run_path({str(file)!r})")
+    (tmp_path / "setup_worker.py").write_text(f"exec(open({str(file)!r}).read())")
     return str(file)
 
 
-def ask(template: Template, program: str, *more: str, **variables: str) -> dict[str, Any]:
-    """What a process tells that was started as a raylet starts it."""
+def asked(
+    template: Template, program: str, *more: str, **variables: str
+) -> "subprocess.Popen[str]":
+    """A process, started as a raylet starts it."""
     environment = {
         **os.environ,
         forked.TEMPLATE: template.address,
@@ -74,16 +77,21 @@ def ask(template: Template, program: str, *more: str, **variables: str) -> dict[
         "RAY_JOB_ID": "01000000",
         **variables,
     }
-    with subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, forked.__file__, "-s", program, "--node-id=1", *more],
         env=environment,
         cwd=Path(program).parent,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-    ) as started:
-        assert started.stdout is not None
-        told: dict[str, Any] = json.loads(started.stdout.readline())
+    )
+
+
+def ask(template: Template, program: str, *more: str, **variables: str) -> dict[str, Any]:
+    """What such a process tells."""
+    with asked(template, program, *more, **variables) as process:
+        assert process.stdout is not None
+        told: dict[str, Any] = json.loads(process.stdout.readline())
     return told
 
 
@@ -133,17 +141,25 @@ def test_what_it_cannot_be_is_started_as_ray_starts_it(
     template: Template, program: str, more: tuple[str, ...], variables: dict[str, str]
 ) -> None:
     told = ask(template, program, *more, **variables)
-    assert not told["torch"] and told["arguments"][-1] in (more[-1:] or ["--node-id=1"])
+    assert not told["torch"]
+    first = str(Path(program).with_name("setup_worker.py")) if more else program
+    passed_on = ["-s", program, "--node-id=1", *more] if more else ["--node-id=1"]
+    assert told["arguments"] == [first, *passed_on]
 
 
 def test_copies_outlive_it_and_without_it_processes_start(program: str) -> None:
     with started(wanted=True) as template:
         assert template is not None
         template.serve(os.getpid())
-        assert ask(template, program)["torch"]
-        template.process.send_signal(signal.SIGKILL)
-        template.process.wait()
-        assert not ask(template, program)["torch"]
+        with asked(template, program) as copy:
+            assert copy.stdout is not None
+            assert json.loads(copy.stdout.readline())["torch"]
+            template.process.send_signal(signal.SIGKILL)
+            template.process.wait()
+            assert not ask(template, program)["torch"]
+            assert copy.stdin is not None
+            print("and you?", file=copy.stdin, flush=True)
+            assert copy.stdout.readline() == "and you?\n"
 
 
 def test_it_ends_with_who_started_it(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ _SETTINGS = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20",  # (600) a worker out of reach is given up
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # (30) for workers that hang
 }
+_OF_RAY_TRAIN = "RAY_TRAIN_", "TRAIN_", "RAY_CHDIR_TO_TRIAL_DIR", "NCCL_RAS_", "TORCHFT_"
 
 
 def connect(template: Template | None = None) -> bool:
@@ -74,10 +75,9 @@ def connect(template: Template | None = None) -> bool:
 
 
 def passed_on() -> dict[str, str]:
-    """Environment variables of the driver that Ray Train reads where it runs."""
-    ours = {*_SETTINGS, malloc.NAME}
-    names = [name for name in os.environ if name in ours or name.startswith("RAY_TRAIN_")]
-    return {name: os.environ[name] for name in sorted(names)}
+    """Environment variables of the driver that are for Ray Train, which runs elsewhere."""
+    names = {*_SETTINGS, malloc.NAME} | {n for n in os.environ if n.startswith(_OF_RAY_TRAIN)}
+    return {name: os.environ[name] for name in sorted(names) if name in os.environ}
 
 
 def _check_token(address: str) -> None:

@@ -25,11 +25,10 @@ from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_gr
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
     get_or_create_autoscaling_coordinator,
 )
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
 from raygpt.config import ScaleConfig
 from raygpt.train import malloc
-from raygpt.train.cluster import room
+from raygpt.train.cluster import passed_on, room
 
 SPARE_AFTER_SECONDS = 20.0
 """A spare takes the time of its imports from the workers, where they have all CPUs."""
@@ -39,10 +38,14 @@ _ASK_SECONDS = 2.0  # nobody waits long for a node that does not answer
 
 
 def environment() -> dict[str, str]:
-    """Environment variables of the processes of workers; a user's own values go first."""
+    """Environment variables of the processes of workers; a user's own values go first.
+
+    All that they will have, whoever asks: those of the control actor, which starts them, are a
+    part, and what Ray Train adds is among these.
+    """
     hook = os.environ.get(WORKER_PROCESS_SETUP_HOOK_ENV_VAR, f"{__name__}.import_all")
     return {
-        **get_env_vars_to_propagate(),  # Ray Train would add them: so all is known here
+        **passed_on(),
         malloc.NAME: malloc.tunables(),
         WORKER_PROCESS_SETUP_HOOK_ENV_VAR: hook,
     }
