@@ -70,7 +70,9 @@ def _losses(
         rows = math.ceil(len(x) / math.ceil(4 * len(x) * len(weight) / CHUNK_BYTES[kind]))
         # Kept from chunk to chunk: fresh pages would cost as much as the softmax.
         all_logits = x.new_empty(rows, len(weight))
-        all_p = x.new_empty(rows, len(weight), dtype=torch.float32)
+        all_p = all_logits  # in their place, if they are of its type
+        if dtype != torch.float32:
+            all_p = x.new_empty(rows, len(weight), dtype=torch.float32)
         losses = x.new_empty(len(x), dtype=torch.float32)
         for first in range(0, len(x), rows):
             here = slice(first, first + rows)

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from raygpt.config import ModelConfig
 from raygpt.loss import linear_cross_entropy
+from raygpt.tied import two_uses
 
 NORM_EPS = 1e-5
 INIT_STD = 0.02
@@ -133,8 +134,11 @@ class Transformer(nn.Module):
         self.ln_f = build_norm(config)
         self.checkpoint_activations = False
 
-    def forward(self, idx: Tensor) -> Tensor:
+    def forward(self, idx: Tensor, table: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, C) of tokens (B, T) int64.
+
+        Args:
+            table: takes the place of the token embedding (V, C), and gets a sparse gradient.
 
         Raises:
             ValueError: T is above ``block_size``.
@@ -142,7 +146,7 @@ class Transformer(nn.Module):
         T = idx.shape[1]
         if T > self.block_size:
             raise ValueError(f"{T} tokens are more than model.block_size {self.block_size}")
-        x = self.wte(idx)
+        x = self.wte(idx) if table is None else F.embedding(idx, table, sparse=True)
         if self.wpe is not None:
             x = x + self.wpe(torch.arange(T, device=idx.device))
         x = self.drop(x)
@@ -218,12 +222,11 @@ class GPT(nn.Module):
         Raises:
             ValueError: T is above ``config.block_size``.
         """
-        x = self.transformer(idx)
         if targets is None:
-            return self.head(x)
-        return linear_cross_entropy(
-            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.n_vocab
-        )
+            return self.head(self.transformer(idx))
+        table, head = two_uses(self.lm_head.weight)
+        x = self.transformer(idx, table)
+        return linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), self.n_vocab)
 
     def checkpoint_activations(self) -> None:
         """Keep only the layers' inputs for the backward pass, which computes the rest again, to
