@@ -19,6 +19,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.processes import on_processes
 from benchmarks.turns import add_rounds, ratio, rounds, turns
@@ -28,7 +29,7 @@ from raygpt.data.stream import StepWindows
 from raygpt.device import cpu_kind, set_up
 from raygpt.model import GPT
 from raygpt.optim import build_optimizer
-from raygpt.train.reduce import data_parallel
+from raygpt.train.reduce import BUCKET_MB, data_parallel
 from raygpt.train.step import Stepper
 
 SMALL, LARGE = ModelConfig(3, 4, 128, 64, 320), ModelConfig(6, 6, 384, 256, 320)
@@ -77,7 +78,7 @@ def plain(config: ModelConfig, mine: Lanes, owners: tuple[int, ...]) -> Step:
     faster for small models than DDP's default."""
     model = GPT(config)
     optimizer = build_optimizer(model, OptimConfig())
-    ddp = data_parallel(model)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
     weight = dist.get_world_size() / len(owners)  # DDP divides by the number of workers
 
     def step(number: int) -> None:

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raygpt.train.reduce import GradientSum, Node, gather, reduce_plan, slices_of, tree_sum
+from raygpt.train.reduce import (
+    BUCKETS_AHEAD,
+    GradientSum,
+    Node,
+    gather,
+    reduce_plan,
+    slices_of,
+    tree_sum,
+)
 
 
 @given(bits=st.integers(0, 4), data=st.data())
@@ -64,3 +72,32 @@ def tiny() -> list[Any]:
 
 def test_more_workers_than_elements_and_owners_that_change() -> None:
     assert on_workers(3, tiny) == [[[15, 4], [15, 4]]] * 3
+
+
+class Counting(GradientSum):
+    """Knows of how many buckets it kept the partial sums at once."""
+
+    kept = 0
+
+    def _start(self, *arguments: Any) -> Any:
+        exchange = super()._start(*arguments)
+        self.kept = max(self.kept, sum(bool(e.parts) for e in (*self._exchanges, exchange)))
+        return exchange
+
+
+def kept() -> tuple[int, int]:
+    """Of a small model's backward pass: buckets, and those whose partial sums were kept at once."""
+    net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(12)))
+    ddp = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=0.001)
+    gradients = Counting(ddp)
+    for _ in range(2):  # DDP arranges its buckets after the first
+        gradients.begin(reduce_plan((0, 1), dist.get_rank(), dist.get_world_size()))
+        ddp(torch.ones(1, 16)).sum().backward()
+        buckets = len(gradients._exchanges)
+        gradients.finish()
+    return buckets, gradients.kept
+
+
+def test_partial_sums_of_few_buckets_are_kept_at_once() -> None:
+    for buckets, at_once in on_workers(2, kept):
+        assert at_once == BUCKETS_AHEAD + 1 < buckets

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ import torch
 from helpers import on_workers
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.parallel import DistributedDataParallel
 
 from raygpt.config import ModelConfig, OptimConfig
 from raygpt.data.hashes import lane_hash
@@ -18,6 +18,7 @@ from raygpt.data.order import Segments
 from raygpt.data.stream import StepWindows
 from raygpt.model import GPT
 from raygpt.optim import build_optimizer, set_lr
+from raygpt.train import reduce
 from raygpt.train.reduce import LaneForest, Node, reduce_plan, tree_sum
 from raygpt.train.step import Stepper
 
@@ -26,6 +27,8 @@ MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=72
 MODERN = replace(
     MODEL, positions="rotary", norm="rms", qk_norm=True, activation="relu2", bias=False
 )
+SMALL_MB = 0.01
+"""Some parameters are larger, and the others are several buckets."""
 SEGMENTS = Segments(3, 3 + STEPS, 2, LANES)
 
 
@@ -50,10 +53,8 @@ def train(poisoned_step: int = -1, modern: bool = False) -> list[Any]:
     """A few steps on this process's lanes: of each its loss, norm and hash; then the weights."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     model, optimizer = build(modern)
-    # Buckets much smaller than the model, so that there are several.
-    ddp = DistributedDataParallel(
-        model, gradient_as_bucket_view=True, forward_sync_buffers=False, bucket_cap_mb=0.02
-    )
+    with patch.multiple(reduce, BUCKET_MB=SMALL_MB, LARGE_MB=SMALL_MB):
+        ddp = reduce.data_parallel(model)
     stepper = Stepper(
         model, ddp, optimizer, lanes=LANES, micro=MICRO, grad_clip=CLIP,
         device=torch.device("cpu"), dtype=torch.float32, seed=SEED,
@@ -119,6 +120,14 @@ def reference() -> list[Any]:
 def one_worker() -> list[Any]:
     (result,) = on_workers(1, train)
     return result
+
+
+def test_buckets_and_large_parameters_are_tried() -> None:
+    model, _ = build()
+    sizes = [parameter.nbytes for parameter in model.parameters()]
+    limit = SMALL_MB * 2**20
+    assert sum(size > limit for size in sizes) > 3
+    assert sum(size for size in sizes if size <= limit) > 2 * limit
 
 
 def test_one_worker_computes_the_definition(one_worker: list[Any]) -> None:

@@ -9,15 +9,17 @@ slice, which finishes the tree in the same order and hands the result to all.
 With W a power of two a worker's lanes l = rank (mod W) are one complete subtree, so what
 travels is what a ring all-reduce moves: (W - 1) / W of the gradient out and back.  Any other W
 costs some more partial sums.  The exchange starts bucket by bucket in a DDP communication hook,
-during the backward pass of the worker's last lane.
+during the backward pass of the worker's last lane.  Large parameters are in no bucket: their
+gradients are exchanged where they lie, each in a hook of its own.
 
 What travels goes from tensor to tensor: slices are sent from the bucket and gathered in place,
-since copies were most of what the exchange cost on CPUs.  What comes lies beside them until the
-end of the step, in memory that activations have left by then.
+since copies were most of what the exchange cost on CPUs.  What comes lies beside them until it is
+added, for the last few buckets until the end of the backward pass.
 
 What it gives up: DDP's own all-reduce, and with it the choice among its algorithms.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -34,10 +36,22 @@ Gradients = list[Tensor]
 BUCKET_MB = 25
 """DDP's own size; but naming it takes away DDP's small first bucket of 1 MiB, whose messages
 cost a small model more than their early start gains."""
+LARGE_MB = 4
+"""Parameters above this size are in no bucket, which would be memory that is never free and a copy
+of their gradients into it."""
+BUCKETS_AHEAD = 3
+"""Buckets whose partial sums may be on their way at once: with more, a worker holds up to a second
+gradient; with fewer, one that is ahead for a moment waits."""
 
 
 def data_parallel(model: nn.Module) -> DistributedDataParallel:
-    """The model under DDP, for a :class:`GradientSum`."""
+    """The model under DDP, for a :class:`GradientSum`, to which DDP leaves the large parameters."""
+    large = [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.nbytes > LARGE_MB * 2**20
+    ]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, large)
     return DistributedDataParallel(
         model, gradient_as_bucket_view=True, forward_sync_buffers=False, bucket_cap_mb=BUCKET_MB
     )
@@ -97,6 +111,14 @@ class _Exchange:
     parts: dict[Node, Tensor]
     """All workers' partial sums of this worker's slice; its own are added up where they lie."""
     works: list[dist.Work]
+
+    def add_up(self, total: int, into: Node) -> None:
+        """Wait for the parts and add them, once; what was only kept for it is let go."""
+        for work in self.works:
+            work.wait()
+        if self.parts:
+            tree_sum(self.parts, total, into)
+        self.works, self.parts, self.earlier = [], {}, []
 
 
 @dataclass(frozen=True)
@@ -159,16 +181,25 @@ class GradientSum:
     def __init__(self, model: DistributedDataParallel) -> None:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._index = {id(p): i for i, p in enumerate(self._parameters)}
+        self._last = False
+        """This backward pass is that of the worker's last micro-batch."""
         self._plan = reduce_plan((0,), 0, 1)
         self._waiting: dict[Node, Gradients] = {}
         self._exchanges: list[_Exchange] = []
+        self.exchange_ms = 0.0
+        """What the backward pass of this step spent on other workers' sums."""
         model.register_comm_hook(None, self._hook)
+        model.register_forward_pre_hook(self._begin_last)
+        for name, parameter in model.module.named_parameters():
+            if name in model.parameters_to_ignore:
+                parameter.register_post_accumulate_grad_hook(self._take_large)
 
     def begin(self, plan: ReducePlan) -> None:
         """Start a step; drops what an abandoned step left."""
-        self._plan = plan
+        self._plan, self._last = plan, False
         self._waiting.clear()
         self._exchanges.clear()
+        self.exchange_ms = 0.0
 
     def add_lane(self, lane: int) -> None:
         """Take over the gradients of a lane that is not the worker's last."""
@@ -181,29 +212,56 @@ class GradientSum:
             torch._foreach_add_(gradients, self._waiting.pop(node))
         self._waiting[self._plan.forest.nodes[lane]] = gradients
 
-    @torch.no_grad()
     def _hook(  # DDP insists on these annotations
         self,
         _: None,
         bucket: dist.GradBucket,  # type: ignore[name-defined]
     ) -> torch.futures.Future[Tensor]:
-        plan, buffer = self._plan, bucket.buffer()
         indices = [self._index[id(p)] for p in bucket.parameters()]
-        views = bucket.gradients()  # of the buffer
+        self._take(bucket.buffer(), bucket.gradients(), indices)
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    def _begin_last(self, *_: object) -> None:
+        self._last = True
+
+    def _take_large(self, parameter: Tensor) -> None:
+        if self._last:
+            assert parameter.grad is not None
+            buffer = parameter.grad.view(-1)
+            self._take(buffer, [parameter.grad], [self._index[id(parameter)]])
+
+    @torch.no_grad()
+    def _take(self, buffer: Tensor, views: Gradients, indices: list[int]) -> None:
+        """Add the worker's other lanes to complete gradients of the last, and begin to exchange
+        what that makes.
+
+        Args:
+            views: the gradients, which are ``buffer`` together.
+            indices: of their parameters.
+        """
+        plan = self._plan
         last = plan.lanes[-1]
         for node in plan.forest.merges[last]:
             torch._foreach_add_(views, [self._waiting[node][i] for i in indices])
-        future: torch.futures.Future[Tensor] = torch.futures.Future()
-        future.set_result(buffer)
         if plan.world_size == 1:
-            return future  # the forest is one tree: the buffer holds the whole sum
-        earlier = [
-            torch.cat([self._waiting[node][i].reshape(-1) for i in indices])
-            for node in plan.forest.roots
-            if node != plan.forest.nodes[last]
-        ]
+            return  # the forest is one tree: the buffer holds the whole sum
+        earlier = []
+        for node in plan.forest.roots:
+            if node != plan.forest.nodes[last]:
+                flat = [self._waiting[node][i].reshape(-1) for i in indices]
+                earlier.append(torch.cat(flat) if len(flat) > 1 else flat[0])
+        if not buffer.is_cuda:  # there the stream that computes would wait
+            began = time.perf_counter()
+            for exchange in self._exchanges[:-BUCKETS_AHEAD]:
+                self._add_up(exchange)
+            self.exchange_ms += 1000 * (time.perf_counter() - began)
         self._exchanges.append(self._start(buffer, earlier))
-        return future
+
+    def _add_up(self, exchange: _Exchange) -> None:
+        plan = self._plan
+        exchange.add_up(len(plan.owners), plan.forest.nodes[plan.lanes[-1]])
 
     def _start(self, buffer: Tensor, earlier: list[Tensor]) -> _Exchange:
         """Send each owner its slice of this worker's partial sums, and await those of its own."""
@@ -229,15 +287,13 @@ class GradientSum:
     def finish(self) -> None:
         """Wait for the slices, finish the tree and give every worker the whole sum.
 
-        After the backward pass and in the buckets' order: collectives started from futures
+        After the backward pass and in the order of the exchanges: collectives started from futures
         would reach the ranks in different orders, and deadlock.
         """
         plan = self._plan
         works = []
         for exchange in self._exchanges:
-            for work in exchange.works:
-                work.wait()
-            tree_sum(exchange.parts, len(plan.owners), plan.forest.nodes[plan.lanes[-1]])
+            self._add_up(exchange)
             works += gather(
                 exchange.buffer, exchange.slices, plan.rank, not exchange.buffer.is_cuda
             )
@@ -245,6 +301,7 @@ class GradientSum:
             work.wait()
         self._exchanges.clear()
         self._waiting.clear()
+        self._last = False
 
 
 def slices_of(flat: Tensor, world_size: int) -> list[Tensor]:

@@ -24,6 +24,8 @@ from raygpt.train.profile import Part
 from raygpt.train.reduce import GradientSum, ReducePlan, reduce_plan
 
 Forward = Callable[[Tensor, Tensor], Tensor]
+_CLIP_EPS = 1e-6
+"""What torch adds to the norm."""
 _Shared = tuple[list[float], tuple[str, ...], tuple[int, ...], tuple[int, ...]]
 """Losses and hashes by lane, votes, and microseconds of a lane by rank."""
 
@@ -117,7 +119,8 @@ class Stepper:
         with self._part("update"):
             self._norm = torch.nn.utils.get_total_norm(gradients)
             norm = self._norm.item()
-        self._lane_us = round(1000 * self._timer.ms() / len(plan.lanes))
+        own_ms = self._timer.ms() - self._gradients.exchange_ms
+        self._lane_us = round(1000 * own_ms / len(plan.lanes))
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         lane_ms = tuple(us / 1000 for us in lane_us)
         return StepResult(loss, norm, hashes, skipped, counted, lane_ms)
@@ -129,7 +132,8 @@ class Stepper:
             lr: learning rate of the update.
         """
         if not result.skipped:
-            if self._grad_clip:
+            # Otherwise the gradient would be multiplied by one.
+            if 0 < self._grad_clip < result.grad_norm + _CLIP_EPS:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters, self._grad_clip, self._norm)
             set_lr(self._optimizer, lr)
             self._optimizer.step()
