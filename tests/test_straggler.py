@@ -1,6 +1,7 @@
 """Who keeps all others waiting is named: once, with the machine, and only if it lasts."""
 
 import time
+from unittest.mock import patch
 
 import torch
 from helpers import on_workers
@@ -11,7 +12,7 @@ from raygpt.data.order import Segments
 from raygpt.data.stream import StepWindows
 from raygpt.model import GPT
 from raygpt.optim import build_optimizer
-from raygpt.train.reduce import data_parallel
+from raygpt.train import reduce
 from raygpt.train.step import Stepper
 from raygpt.train.straggler import WINDOW_STEPS, Stragglers
 
@@ -56,8 +57,10 @@ def train(pauses: dict[int, float]) -> list[tuple[float, ...]]:
     model = GPT(MODEL)
     pause = pauses.get(rank, 0.0)
     model.transformer.register_forward_hook(lambda *_: time.sleep(pause))
+    with patch.object(reduce, "LARGE_MB", 0.001):  # so many that a backward pass waits for others'
+        ddp = reduce.data_parallel(model)
     stepper = Stepper(
-        model, data_parallel(model), build_optimizer(model, OptimConfig()), lanes=LANES, micro=4,
+        model, ddp, build_optimizer(model, OptimConfig()), lanes=LANES, micro=4,
         grad_clip=1.0, device=torch.device("cpu"), dtype=torch.float32, seed=1,
     )  # fmt: skip
     owners = Segments(0, 9, 9, LANES).owners(0, world_size)
