@@ -3,16 +3,17 @@
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
+from ray._private.state import state as ray_state
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from raygpt.errors import UserError
 from raygpt.storage import Folder, StorageError
 from raygpt.train import callbacks
-from raygpt.train.callbacks import Farewell, Judge, find_user_error
+from raygpt.train.callbacks import Drains, Farewell, Judge, find_user_error
 from raygpt.train.checkpoints import METADATA, checkpoint_name
 from raygpt.train.votes import MakeWay
 
@@ -137,6 +138,26 @@ def test_who_is_out_of_reach_is_not_waited_for_long(
     control.saved = 1
     took = shut_down(control, tmp_path, FakeGroup(poll(LOST, running=2)))
     assert took < callbacks.CHECKPOINT_SECONDS / 2
+
+
+def test_a_group_makes_way_once_a_machine_of_it_is_drained(
+    control: FakeControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going: dict[str, int] = {}
+    monkeypatch.setattr(ray_state, "get_draining_nodes", lambda: going)
+    workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=node)) for node in "aab"]
+    handle, group = cast(Any, control), cast(Any, SimpleNamespace(get_workers=lambda: workers))
+    drains = Drains(handle)
+    drains.after_worker_group_start(group)
+    drains.after_worker_group_poll_status(poll({}, running=3))
+    going["c"] = 0  # no machine of this group
+    drains.after_worker_group_poll_status(poll({}, running=3))
+    assert not control.asked
+    going["b"] = 0
+    for _ in range(2):  # the first may have come before a worker listened
+        drains.after_worker_group_poll_status(poll({}, running=3))
+    drains.after_worker_group_poll_status(poll(LOST, running=2))
+    assert control.asked == ["make_way"] * 2
 
 
 def resize(control: Any, run: Path, group: Any) -> None:

@@ -1,5 +1,5 @@
-"""What Ray Train's controller does for raygpt beside its own work: it judges failures, and lets
-workers save their state before it ends them.
+"""What Ray Train's controller does for raygpt beside its own work: it judges failures, lets workers
+save their state before it ends them, and leave machines that will be drained.
 
 Ray Train has no public hooks for this but takes its internal ones from a run's configuration.
 What it gives up: certainty that the next release of Ray keeps them; the tests would notice.
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray._private.state import state as ray_state
 from ray.actor import ActorHandle
 from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
@@ -145,6 +146,31 @@ def _loss(errors: dict[int, Exception]) -> str:
     rank, error = next(iter(errors.items()))
     cause = getattr(error, "_base_exc", error)
     return f"worker {rank} failed ({type(cause).__name__}: {reason_of(cause)})"
+
+
+class Drains(WorkerGroupCallback):
+    """Lets a group make way once a machine of it is to be drained.
+
+    In the place of Ray Train's watcher, which is one more process for each group.
+    """
+
+    def __init__(self, control: ActorHandle) -> None:
+        self._control = control
+        self._nodes: set[str] = set()
+
+    def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
+        self._nodes = {worker.metadata.node_id for worker in worker_group.get_workers()}
+
+    def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
+        if worker_group_status.errors:
+            return  # it leaves, or is broken
+        try:
+            going = self._nodes & ray_state.get_draining_nodes().keys()
+        except Exception:  # asked again soon
+            logger.warning("cannot ask which machines will be drained", exc_info=True)
+            return
+        if going:  # each time: a listener does not hear what was asked for before it began
+            self._control.request.remote("make_way")
 
 
 class Farewell(ControllerCallback, WorkerGroupCallback):

@@ -28,7 +28,7 @@ _SETTINGS = {
     # Defaults of Ray Train in parentheses.  A user's own settings of these variables go first.
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # (0)
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # (2) how soon a lost worker is noticed
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # (5) how soon a drained node is
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # (1) callbacks.Drains looks with each check
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # (60) waiting for a node that is gone
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20",  # (600) a worker out of reach is given up
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # (30) for workers that hang

@@ -1,4 +1,4 @@
-"""What a worker hears: requests of driver and controller, and of nodes that Ray will drain.
+"""What a worker hears: requests of driver and controller.
 
 What a listener heard is a vote that rides on the next step's exchange, so all workers take the
 same decision after the same step: write a checkpoint, then leave together.  Only to save what it
@@ -14,7 +14,6 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.train.v2._internal.execution.context import get_train_context
 
 
 class Listener:
@@ -23,7 +22,6 @@ class Listener:
     def __init__(self, control: ActorHandle) -> None:
         self.control = control
         self._make_way, self._stop = False, False
-        self._train_context = get_train_context()
         self.rescue: Callable[[], None] = lambda: None
         """Saves what this worker has; called in the background when its group cannot go on."""
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
@@ -50,6 +48,4 @@ class Listener:
 
     def votes(self) -> list[int]:
         """What this worker asks for: (make way, stop), each 0 or 1."""
-        # Ray sets it in this process, for the workers of a node that will be drained and others.
-        drained = self._train_context.preemption_context.preemption_info is not None
-        return [int(self._make_way or drained), int(self._stop)]
+        return [int(self._make_way), int(self._stop)]

@@ -28,7 +28,7 @@ from raygpt.config import READER_CPUS
 from raygpt.data.stream import StreamConfig, window_dataset
 from raygpt.storage import Folder, patiently
 from raygpt.train import checkpoints, processes
-from raygpt.train.callbacks import Farewell, Judge, NoSnapshots, Timekeeper, find_user_error
+from raygpt.train.callbacks import Drains, Farewell, Judge, NoSnapshots, Timekeeper, find_user_error
 from raygpt.train.job import Job
 from raygpt.train.machines import LivingMachines
 
@@ -110,6 +110,7 @@ def _trainer(job: Job, control: ActorHandle, alone: bool) -> Trainer:
                 NoSnapshots(),  # type: ignore[list-item]
                 Timekeeper(control),  # type: ignore[list-item]
                 Judge(job.run, config.run.storage_patience),  # type: ignore[list-item]
+                Drains(control),  # type: ignore[list-item]
                 Farewell(control, job.run, config.run.storage_patience),  # type: ignore[list-item]
             ],
         ),
