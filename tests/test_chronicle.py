@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_report_and_samples_follow_the_run(job: Job) -> None:
     log.close()
     ((step, text),) = parse_samples(job.run.read_bytes(SAMPLES).decode())
     assert step == 3
-    assert chronicler.samples.add(3).strip("\n") == text
+    assert chronicler.sample(3).strip("\n") == text
     chronicler.close("stopped", "as asked")
     assert re.search(r'class="state stopped".*as asked', page(job), re.S)
     assert said == []
@@ -75,10 +76,22 @@ def test_report_and_samples_follow_the_run(job: Job) -> None:
 
 def test_a_checkpoint_that_is_gone_is_not_sampled(job: Job) -> None:
     save(job, 5)
-    sampler = Chronicler(job, {}, lambda _: None).samples
-    assert sampler.add(4) == "" and sampler.add(5) != ""
+    chronicler = Chronicler(job, {}, lambda _: None)
+    assert chronicler.sample(4) == "" and chronicler.sample(5) != ""
     (job.run.child(checkpoints.checkpoint_name(5))).delete()
-    assert sampler.add(5) != ""  # known from before
+    assert chronicler.sample(5) != ""  # known from before
+
+
+def test_without_a_prompt_nothing_is_sampled_or_imported_for_it(job: Job) -> None:
+    save(job, 5)
+    silent = replace(job, config=change(job.config, train__sample_prompt=""))
+    log = RunLog(silent.run, 0)
+    with Chronicler(silent, {}, lambda _: None) as chronicler:
+        log.event("checkpoint", 5, "checkpoint_00000005")
+        log.close()
+        wait(lambda: "checkpoint_00000005" in page(silent))
+    assert chronicler.sample(5) == "" and "_sampler" not in vars(chronicler)
+    assert not silent.run.exists(SAMPLES)
 
 
 def test_a_damaged_checkpoint_is_said_instead_of_sampled(job: Job) -> None:
@@ -128,7 +141,7 @@ def test_large_models_are_sampled_at_the_end_only(
         log.close()
         wait(lambda: "checkpoint_00000003" in page(job))
     assert not job.run.exists(SAMPLES)
-    assert chronicler.samples.add(3) != ""
+    assert chronicler.sample(3) != ""
 
 
 def test_a_report_that_cannot_be_written_is_said_once(

@@ -54,11 +54,15 @@ class Chronicler:
         self._thread = threading.Thread(target=self._follow, name="chronicle", daemon=True)
 
     @cached_property
-    def samples(self) -> "Sampler":
+    def _sampler(self) -> "Sampler":
         """Made when there is something to sample, or time: it takes seconds to import torch."""
         from raygpt.train.sampler import Sampler
 
         return Sampler(self._job)
+
+    def sample(self, step: int) -> str:
+        """What the checkpoint of a step writes; empty if there is no prompt."""
+        return self._sampler.add(step) if self._job.config.train.sample_prompt else ""
 
     def __enter__(self) -> "Chronicler":
         self._guard("write the report", self._history.update)
@@ -75,7 +79,7 @@ class Chronicler:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         while not self._stop.wait(self._interval):
             self._guard("write the report", self._look)
-            self._guard("sample text", self._sample)
+            self._guard("sample text", self._sample_newest)
             for tracker in self._trackers:
                 self._guard(f"tell {tracker.name} of the run", tracker.update)
 
@@ -83,13 +87,13 @@ class Chronicler:
         if self._history.update():
             self._write(RUNNING)
 
-    def _sample(self) -> None:
+    def _sample_newest(self) -> None:
         events = self._history.events[self._earlier :]
         saved = [e["step"] for e in events if e["kind"] == "checkpoint"]
         if self._small and self._job.config.train.sample_prompt:
-            samples = self.samples
+            sampler = self._sampler
             if saved:
-                samples.add(max(saved))
+                sampler.add(max(saved))
 
     def close(self, kind: str, text: str = "") -> None:
         """Write the report once more, with the state in which the driver leaves the run."""

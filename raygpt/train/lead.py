@@ -119,7 +119,7 @@ def _conclude(job: Job, console: Console, began: float, chronicler: Chronicler) 
         "report": REPORT,
         "TensorBoard": f"tensorboard --logdir {job.run.child(TENSORBOARD)}",
     }
-    text = chronicler.samples.add(position.step)
+    text = chronicler.sample(position.step)
     chronicler.close(FINISHED)
     console.print(table("Result", result))
     _say_accounts(job, console, began)

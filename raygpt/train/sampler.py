@@ -17,15 +17,15 @@ class Sampler:
 
     def add(self, step: int) -> str:
         """The text of the checkpoint of a step, which is added to samples.txt; empty if there is
-        no prompt, or no such checkpoint any more.
+        no such checkpoint any more.
 
         Raises:
             UserError: it cannot be read; it is not tried again.
         """
-        if self._job.config.train.sample_prompt and step not in self._texts:
+        if step not in self._texts:
             self._texts[step] = ""
             self._texts[step] = self._sample(step)
-        return self._texts.get(step, "")
+        return self._texts[step]
 
     def _sample(self, step: int) -> str:
         train = self._job.config.train
