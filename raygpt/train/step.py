@@ -24,8 +24,6 @@ from raygpt.train.profile import Part
 from raygpt.train.reduce import GradientSum, ReducePlan, reduce_plan
 
 Forward = Callable[[Tensor, Tensor], Tensor]
-_CLIP_EPS = 1e-6
-"""What torch adds to the norm."""
 _Shared = tuple[list[float], tuple[str, ...], tuple[int, ...], tuple[int, ...]]
 """Losses and hashes by lane, votes, and microseconds of a lane by rank."""
 
@@ -132,8 +130,7 @@ class Stepper:
             lr: learning rate of the update.
         """
         if not result.skipped:
-            # Otherwise the gradient would be multiplied by one.
-            if 0 < self._grad_clip < result.grad_norm + _CLIP_EPS:
+            if self._grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters, self._grad_clip, self._norm)
             set_lr(self._optimizer, lr)
             self._optimizer.step()
