@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raygpt.train.reduce import (
-    BUCKETS_AHEAD,
+    EXCHANGES_AHEAD,
     GradientSum,
     Node,
     gather,
@@ -100,4 +100,4 @@ def kept() -> tuple[int, int]:
 
 def test_partial_sums_of_few_buckets_are_kept_at_once() -> None:
     for buckets, at_once in on_workers(2, kept):
-        assert at_once == BUCKETS_AHEAD + 1 < buckets
+        assert at_once == EXCHANGES_AHEAD + 1 < buckets

@@ -14,7 +14,7 @@ gradients are exchanged where they lie, each in a hook of its own.
 
 What travels goes from tensor to tensor: slices are sent from the bucket and gathered in place,
 since copies were most of what the exchange cost on CPUs.  What comes lies beside them until it is
-added, for the last few buckets until the end of the backward pass.
+added, for the last few exchanges until the end of the backward pass.
 
 What it gives up: DDP's own all-reduce, and with it the choice among its algorithms.
 """
@@ -39,9 +39,9 @@ cost a small model more than their early start gains."""
 LARGE_MB = 4
 """Parameters above this size are in no bucket, which would be memory that is never free and a copy
 of their gradients into it."""
-BUCKETS_AHEAD = 3
-"""Buckets whose partial sums may be on their way at once: with more, a worker holds up to a second
-gradient; with fewer, one that is ahead for a moment waits."""
+EXCHANGES_AHEAD = 3
+"""Exchanges whose partial sums may be on their way at once: with more, a worker holds up to a
+second gradient; with fewer, one that is ahead for a moment waits."""
 
 
 def data_parallel(model: nn.Module) -> DistributedDataParallel:
@@ -101,7 +101,7 @@ class LaneForest:
 
 @dataclass
 class _Exchange:
-    """One bucket on its way: the values of ``parts`` are complete when ``works`` are."""
+    """A bucket or large gradient on its way: what ``parts`` hold is complete when ``works`` are."""
 
     buffer: Tensor
     slices: list[Tensor]
@@ -111,14 +111,6 @@ class _Exchange:
     parts: dict[Node, Tensor]
     """All workers' partial sums of this worker's slice; its own are added up where they lie."""
     works: list[dist.Work]
-
-    def add_up(self, total: int, into: Node) -> None:
-        """Wait for the parts and add them, once; what was only kept for it is let go."""
-        for work in self.works:
-            work.wait()
-        if self.parts:
-            tree_sum(self.parts, total, into)
-        self.works, self.parts, self.earlier = [], {}, []
 
 
 @dataclass(frozen=True)
@@ -254,14 +246,19 @@ class GradientSum:
                 earlier.append(torch.cat(flat) if len(flat) > 1 else flat[0])
         if not buffer.is_cuda:  # there the stream that computes would wait
             began = time.perf_counter()
-            for exchange in self._exchanges[:-BUCKETS_AHEAD]:
+            for exchange in self._exchanges[:-EXCHANGES_AHEAD]:
                 self._add_up(exchange)
             self.exchange_ms += 1000 * (time.perf_counter() - began)
         self._exchanges.append(self._start(buffer, earlier))
 
     def _add_up(self, exchange: _Exchange) -> None:
-        plan = self._plan
-        exchange.add_up(len(plan.owners), plan.forest.nodes[plan.lanes[-1]])
+        """Wait for the parts of an exchange and add them, once; they are let go."""
+        for work in exchange.works:
+            work.wait()
+        if exchange.parts:
+            plan = self._plan
+            tree_sum(exchange.parts, len(plan.owners), plan.forest.nodes[plan.lanes[-1]])
+        exchange.works, exchange.parts, exchange.earlier = [], {}, []
 
     def _start(self, buffer: Tensor, earlier: list[Tensor]) -> _Exchange:
         """Send each owner its slice of this worker's partial sums, and await those of its own."""
@@ -301,7 +298,6 @@ class GradientSum:
             work.wait()
         self._exchanges.clear()
         self._waiting.clear()
-        self._last = False
 
 
 def slices_of(flat: Tensor, world_size: int) -> list[Tensor]:
