@@ -24,27 +24,34 @@ def test_ctrl_c_ends_in_a_checkpoint(head: Head, reference: Reference) -> None:
 
 
 def test_a_spot_notice_costs_no_step(head: Head, reference: Reference) -> None:
-    """A machine that will go is left before it goes, and nobody comes back to it."""
+    """A machine that will go is left before it goes, also by a run of a fixed size; it goes on
+    where there is room again, and nobody comes back to that machine."""
     run = reference.run(reference.storage, "noticed")
     with Metadata() as service:
-        node = head.add_node(
-            1,
-            AWS_EC2_METADATA_SERVICE_ENDPOINT=f"http://{service.host}",
-            AWS_EC2_METADATA_DISABLED="false",
-        )
-        process = run.start("--scale.workers", "1:3", "--train.steps", "1000000")
+        nodes = [
+            head.add_node(
+                1,
+                AWS_EC2_METADATA_SERVICE_ENDPOINT=f"http://{service.host}",
+                AWS_EC2_METADATA_DISABLED="false",
+            )
+        ]
+        nodes[0].wait()
+        process = run.start("--scale.workers", "3", "--train.steps", "1000000")
         try:
-            wait_for(process, lambda: bool(run.rows()) and run.rows()[-1]["world_size"] == 3)
-            assert service.asked.wait(30)
+            wait_for(process, lambda: bool(run.rows()) and service.asked.is_set())
             service.end = time.time() + 60
-            wait_for(process, lambda: run.rows()[-1]["world_size"] == 2)
+            wait_for(process, lambda: bool(run.events("leave")))
             assert time.time() < service.end, "it was left when it was gone"
-            assert not node.workers()
+            nodes.append(head.add_node(1))
+            wait_for(process, lambda: len(run.events("start")) == 2)
+            assert not nodes[0].workers() and nodes[1].workers()
             process.send_signal(signal.SIGTERM)
             output = finish(process, status=128 + signal.SIGTERM)
         finally:
             process.kill()
-            node.kill()
-            head.nodes.remove(node)
+            for node in nodes:
+                node.kill()
+                head.nodes.remove(node)
     assert "the cloud takes" in output
+    assert [row["world_size"] for row in run.rows()] == [3] * len(run.rows())
     assert run.redone() == []
