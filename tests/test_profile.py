@@ -5,18 +5,27 @@ import json
 import re
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from helpers import on_workers
+from test_step import MODEL, windows
 
-from raygpt.config import TrainConfig
+from raygpt.config import OptimConfig, TrainConfig
+from raygpt.data.stream import StepWindows
 from raygpt.errors import UserError
+from raygpt.model import GPT
+from raygpt.optim import build_optimizer
 from raygpt.storage import Folder
+from raygpt.train import reduce
 from raygpt.train.profile import PARTS, Profiler, table
+from raygpt.train.step import Stepper
 
 PAUSES = dict(zip(PARTS, (0.03, 0.01, 0.02, 0.005, 0.004), strict=True))
 REST = 0.015
+LATE = 0.3
+"""Seconds."""
 
 
 def loop(folder: Path) -> list[str]:
@@ -34,6 +43,17 @@ def loop(folder: Path) -> list[str]:
     return seen
 
 
+def columns(text: str) -> list[dict[str, float]]:
+    """Of each of two workers, the milliseconds of a table by part."""
+    return [
+        {
+            line.split("|")[1].strip(): float(re.findall(r"([\d.]+) \(", line)[column])
+            for line in text.splitlines()[2:]
+        }
+        for column in (0, 1)
+    ]
+
+
 def test_traces_and_a_table_of_the_steps_that_were_named(tmp_path: Path) -> None:
     seen = on_workers(2, loop, tmp_path)[0]
     assert seen[:4] == ["", "", "", ""]
@@ -44,18 +64,43 @@ def test_traces_and_a_table_of_the_steps_that_were_named(tmp_path: Path) -> None
         found = [e["name"] for e in trace["traceEvents"] if e.get("ph") == "X"]
         assert all(found.count(part) == 3 for part in (*PARTS, "step"))
         assert "aten::dot" in found
-    lines = (tmp_path / "profile" / names[0]).read_text().splitlines()
-    assert lines[0] == "| ms a step | worker 0 | worker 1 |"
-    for column in (0, 1):
-        ms = {
-            line.split("|")[1].strip(): float(re.findall(r"([\d.]+) \(", line)[column])
-            for line in lines[2:]
-        }
+    text = (tmp_path / "profile" / names[0]).read_text()
+    assert text.startswith("| ms a step | worker 0 | worker 1 |\n")
+    for ms in columns(text):
         step = ms.pop("step")
         assert list(ms) == [*PARTS, "rest"]
         assert sum(ms.values()) == pytest.approx(step, abs=0.1)
         for part, pause in {**PAUSES, "rest": REST}.items():
             assert ms[part] >= 1000 * pause
+
+
+def late(folder: Path) -> None:
+    """Three steps of two workers, of which the second one is late in its backward passes."""
+    rank, steps = torch.distributed.get_rank(), range(3)
+    profiler = Profiler("1:3", torch.device("cpu"), Folder.from_path(str(folder)), 0.0)
+    model = GPT(MODEL)
+    if rank == 1:
+        model.transformer.ln_f.register_full_backward_hook(lambda *_: time.sleep(LATE))
+    with patch.object(reduce, "LARGE_MB", 0.001):  # so many that the first one waits within its own
+        ddp = reduce.data_parallel(model)
+    stepper = Stepper(
+        model, ddp, build_optimizer(model, OptimConfig()), lanes=2, micro=4, grad_clip=1.0,
+        device=torch.device("cpu"), dtype=torch.float32, seed=1, part=profiler.part,
+    )  # fmt: skip
+    for step in steps:
+        with profiler.step(step):
+            result = stepper.gradient(StepWindows(step, 0, {rank: windows(5, rank)}), (0, 1))
+            stepper.update(result, 1e-3)
+
+
+def test_waiting_within_a_backward_pass_is_no_part_of_it(tmp_path: Path) -> None:
+    on_workers(2, late, tmp_path)
+    ms = columns((tmp_path / "profile" / "steps_1_to_2.md").read_text())
+    assert ms[0]["exchange"] > 1000 * LATE * 0.8 > 2 * ms[0]["backward"] > 0
+    assert ms[1]["backward"] > 1000 * LATE > 2 * ms[1]["exchange"] > 0
+    for column in ms:
+        step = column.pop("step")
+        assert sum(column.values()) == pytest.approx(step, abs=0.1) and column["rest"] >= 0
 
 
 def test_shares_add_up() -> None:

@@ -1,9 +1,10 @@
 """Where the time of a step goes: traces and a table, for the steps that ``train.profile`` names.
 
 Each worker writes a trace of torch's profiler, for https://ui.perfetto.dev or ``chrome://tracing``;
-rank 0 also a table of milliseconds a step, by part and worker.  The parts are measured one after
-the other, so with what is left they add up to the step.  What DDP exchanges beside the backward
-pass is part of that; ``exchange`` is what the worker still waits for and adds up afterwards.
+rank 0 also a table of milliseconds a step, by part and worker.  A part within another counts as
+itself only, so with what is left they add up to the step.  ``exchange`` is what the worker itself
+waits for and adds up, within the backward pass or after it; what is sent meanwhile takes no time
+of its own.
 
 What it gives up: speed, for these steps.  The profiler takes its time, and a GPU is waited for
 after each part.
@@ -44,6 +45,8 @@ class Profiler:
         self._folder = run.child(FOLDER)
         self._torch: torch.profiler.profile | None = None
         self._spent: dict[str, float] = {}
+        self._within = 0.0
+        """Seconds that parts within the one at hand took."""
         self._profiled = 0
 
     @contextmanager
@@ -69,14 +72,18 @@ class Profiler:
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
+        before, self._within = self._within, 0.0
         began = time.perf_counter()
         with record_function(name):
             yield
             devices.wait(self._device)
-        self._spent[name] += time.perf_counter() - began
+        took = time.perf_counter() - began
+        self._spent[name] += took - self._within
+        self._within = before + took
 
     def _begin(self) -> None:
         self._spent, self._profiled = dict.fromkeys((*PARTS, "step"), 0.0), 0
+        self._within = 0.0
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)

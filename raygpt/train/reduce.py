@@ -21,6 +21,7 @@ What it gives up: DDP's own all-reduce, and with it the choice among its algorit
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -28,6 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from raygpt.train.profile import Part
 
 Node = tuple[int, int]
 """(j, m): the sum of the lanes l = m (mod L / 2**j)."""
@@ -168,9 +171,15 @@ class GradientSum:
     In every step: :meth:`begin`; then for each lane of ``plan.lanes`` but the last a backward
     pass of the bare module and :meth:`add_lane`; for the last lane a backward pass through
     DDP, which starts the exchange; then :meth:`finish`.
+
+    Args:
+        part: times what the backward pass spends on other workers' sums, as ``exchange``.
     """
 
-    def __init__(self, model: DistributedDataParallel) -> None:
+    def __init__(
+        self, model: DistributedDataParallel, part: Part = lambda _: nullcontext()
+    ) -> None:
+        self._part = part
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._index = {id(p): i for i, p in enumerate(self._parameters)}
         self._last = False
@@ -246,8 +255,9 @@ class GradientSum:
                 earlier.append(torch.cat(flat) if len(flat) > 1 else flat[0])
         if not buffer.is_cuda:  # there the stream that computes would wait
             began = time.perf_counter()
-            for exchange in self._exchanges[:-EXCHANGES_AHEAD]:
-                self._add_up(exchange)
+            with self._part("exchange"):
+                for exchange in self._exchanges[:-EXCHANGES_AHEAD]:
+                    self._add_up(exchange)
             self.exchange_ms += 1000 * (time.perf_counter() - began)
         self._exchanges.append(self._start(buffer, earlier))
 
