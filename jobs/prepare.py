@@ -1,6 +1,6 @@
 """Turn text into a corpus for training, as a Ray Data job.
 
-    python jobs/prepare.py --input PATH... --output CORPUS [--tokenizer gpt2|bytes]
+    python jobs/prepare.py --input PATH... --output CORPUS [--tokenizer gpt2|gpt2-N|bytes]
 
 Runs alone on one machine, or on a cluster with ``ray job submit --working-dir . --``.
 """
@@ -26,8 +26,8 @@ class Arguments:
     """Files, folders and globs, local or cloud: text, JSON lines, Parquet; also .gz and .zst."""
     output: Annotated[str, tyro.conf.arg(metavar="CORPUS")]
     """Folder or URI of the corpus; must be empty or not exist."""
-    tokenizer: Annotated[str, tyro.conf.arg(metavar="gpt2|bytes")] = "gpt2"
-    """Byte-pair encoding of GPT-2, or one token for each byte."""
+    tokenizer: Annotated[str, tyro.conf.arg(metavar="gpt2|gpt2-N|bytes")] = "gpt2"
+    """Byte-pair encoding of GPT-2, of its first N tokens, or one token for each byte."""
     text_column: str = "text"
     """Column of the text in JSON lines and Parquet."""
     val_fraction: float = 0.005

@@ -25,8 +25,11 @@ def test_the_line_of_a_step_has_exactly_this_form() -> None:
     values = row(40, loss=3.123456, lr=6e-4, grad_norm=1.2345, step_ms=12.34, tokens_per_s=12345.67)
     line = "step   40 | loss: 3.123456 | lr 6.0000e-04 | norm: 1.2345 | dt: 12.34ms"
     assert step_line(values) == f"{line} | tok/sec: 12345.67"
-    assert step_line({**values, "val_loss": 2.7182818}) == (
-        f"{line} | tok/sec: 12345.67 | val: 2.718282"
+    assert step_line({**values, "val_loss": 2.7182818, "val_loss_per_byte": 1.25}) == (
+        f"{line} | tok/sec: 12345.67 | val: 2.718282, 1.250000 a byte"
+    )
+    assert step_line({**values, "val_loss": None, "val_loss_per_byte": None}) == (
+        f"{line} | tok/sec: 12345.67 | val: nan, nan a byte"
     )
     # A batch of 524,288 tokens in 2.5 s, late in a long run.
     values |= {"step": 123_456, "tokens": 64_727_556_096, "lr": 6.12349e-05, "grad_norm": 0.25}
@@ -142,12 +145,13 @@ def test_only_logged_steps_and_validations_are_shown(run: Folder) -> None:
     screen, log = Screen(), RunLog(run, 0)
     with follow(run, screen, log_every=4):
         for step in range(10):
-            log.step(record(step, **({"val_loss": 2.25} if step in (4, 6) else {})), board=False)
+            found = {"val_loss": 2.25, "val_loss_per_byte": 1.5} if step in (4, 6) else {}
+            log.step(record(step, **found), board=False)
         log.close()
     assert screen.lines == [
         step_line(row(0)),
-        step_line(row(4)) + " | val: 2.250000",
-        step_line(row(6)) + " | val: 2.250000",
+        step_line(row(4)) + " | val: 2.250000, 1.500000 a byte",
+        step_line(row(6)) + " | val: 2.250000, 1.500000 a byte",
         step_line(row(8)),
     ]
 

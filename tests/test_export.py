@@ -20,7 +20,7 @@ from raygpt.model import GPT
 from raygpt.train.state import LoadedModel
 
 SIZES: dict[str, Any] = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 16}
-VOCAB_SIZES = {"gpt2": 50_304, "bytes": 320}
+VOCAB_SIZES = {"gpt2": 50_304, "gpt2-1024": 1024, "bytes": 320}
 TEXTS = [
     "Hello, I'm a language model,",
     "",
@@ -49,7 +49,7 @@ def _model(tokenizer: str) -> GPT:
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["gpt2", "bytes"])
+@pytest.fixture(scope="module", params=list(VOCAB_SIZES))
 def exported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, GPT, Path]:

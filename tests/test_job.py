@@ -180,10 +180,25 @@ def test_storage_outlives_a_submitted_job(
 # --- the embedded text
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "tokenizer"),
+    [(257, "bytes"), (320, "bytes"), (321, "gpt2-321"), (1024, "gpt2-1024"),
+     (50_256, "gpt2-50256"), (50_257, "gpt2"), (50_304, "gpt2")],
+)  # fmt: skip
+def test_the_embedded_text_has_as_many_words_as_the_model(
+    vocab_size: int, tokenizer: str, tmp_path: Path
+) -> None:
+    config = change(
+        preset("shakespeare"), model__vocab_size=vocab_size, run__storage=str(tmp_path),
+        model__block_size=512, batch__tokens=2048,
+    )  # fmt: skip
+    assert resolve(config).tokenizer == tokenizer
+
+
 def test_the_embedded_text_is_made_into_a_corpus_once(tmp_path: Path) -> None:
     config = change(
         preset("shakespeare"), run__storage=str(tmp_path),
-        model__block_size=512, batch__tokens=2048,
+        model__block_size=512, model__vocab_size=320, batch__tokens=2048,
     )  # fmt: skip
     job = resolve(config)
     manifest = Path(job.plan.corpus) / MANIFEST

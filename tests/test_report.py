@@ -40,7 +40,7 @@ def test_it_tells_what_a_run_is_and_did(run: Folder) -> None:
     for part in (
         "step 20 of 40",
         "about 0 s left",
-        "validation loss 2.8100 best 2.8100 at step 19",
+        "validation loss 2.8100 1.4050 a byte, best 2.8100 at step 19",
         "1 restart",
         "10.0.0.2 2 L4 4 16 GiB",
         "parameters 12,345",

@@ -76,12 +76,13 @@ def test_the_board_has_the_scalars_and_their_steps(run: Folder) -> None:
     log.step(record(0, mfu=0.25), board=True)
     log.step(record(1), board=False)
     log.step(record(2, loss=math.nan), board=True)
-    log.step(record(3, val_loss=2.5), board=False)
+    log.step(record(3, val_loss=2.5, val_loss_per_byte=1.25), board=False)
     log.close()
     shown = board(run)
     expected = {
         "loss": {0: 3.5, 3: 3.47},
         "val_loss": {3: 2.5},
+        "val_loss_per_byte": {3: 1.25},
         "mfu": {0: 0.25},
         "lr": dict.fromkeys((0, 2, 3), 6e-4),
         "grad_norm": dict.fromkeys((0, 2, 3), 1.25),

@@ -40,6 +40,47 @@ def test_bytes_facts() -> None:
     assert tokens.decode([97, 0xC3, 98]) == "a\ufffdb"
 
 
+def test_the_first_of_gpt2_are_a_tokenizer_too(shakespeare: str) -> None:
+    first, gpt2 = load_tokenizer("gpt2-1024"), load_tokenizer("gpt2")
+    assert (first.name, first.n_vocab, first.eot) == ("gpt2-1024", 1024, 1023)
+    text = shakespeare[:20_000] + "漢 \n\n1,234"
+    tokens = first.encode(text)
+    assert first.decode(tokens) == text and 0 <= tokens.min() <= tokens.max() < first.eot
+    assert 2 * len(tokens) < len(text.encode()) < 4 * len(gpt2.encode(text))
+    for token in map(int, tokens[:1000]):
+        assert first.decode([token]) == gpt2.decode([token])
+    # Where nothing that is left out was merged, the tokens are those of the whole vocabulary.
+    assert first.encode(" the is").tolist() == gpt2.encode(" the is").tolist() == [262, 318]
+
+
+def test_with_all_merges_but_one_only_its_token_is_missing() -> None:
+    gpt2, first = load_tokenizer("gpt2"), load_tokenizer("gpt2-50256")
+    last = gpt2.decode([50255])
+    assert gpt2.encode(last).tolist() == [50255] and len(first.encode(last)) == 2
+    assert first.encode(HELLO).tolist() == gpt2.encode(HELLO).tolist()
+
+
+def test_without_merges_every_byte_is_a_token() -> None:
+    first = load_tokenizer("gpt2-257")
+    assert len(first.encode("naïve\n")) == len("naïve\n".encode())
+    assert first.decode(first.encode("naïve\n")) == "naïve\n"
+
+
+@pytest.mark.parametrize("name", ["gpt2-256", "gpt2-50257", "gpt2-0"])
+def test_as_many_as_there_are(name: str) -> None:
+    with pytest.raises(UserError, match=name):
+        load_tokenizer(name)
+
+
+@given(st.text())
+def test_lengths_are_those_of_the_text(text: str) -> None:
+    for name in ("gpt2", "gpt2-1024", "bytes"):
+        tokenizer = load_tokenizer(name)
+        lengths = tokenizer.byte_lengths()
+        assert len(lengths) == tokenizer.n_vocab and lengths[tokenizer.eot] == 0
+        assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
+
+
 def test_special_strings_in_text_are_ordinary() -> None:
     gpt2, tokens = load_tokenizer("gpt2"), load_tokenizer("bytes")
     text = "a<|endoftext|>b"
@@ -51,6 +92,9 @@ def test_hashes_are_pinned() -> None:
     # Corpora record them: a change makes every corpus unreadable and must be meant.
     assert load_tokenizer("gpt2").hash == (
         "4d2cea7c350888425663427e4791f46981f2ffbaef6e7bd767ac924ddf96ee3e"
+    )
+    assert load_tokenizer("gpt2-1024").hash == (
+        "f0174cdef3d5af5bd06e93210ab810a1f903f110b45ac6e3b0e0856594c8174f"
     )
     assert load_tokenizer("bytes").hash == (
         "0178e394db4835ad4295596f1859fb67e931d499419cd30e2b1e1fe2b6862ff0"
@@ -83,7 +127,7 @@ def test_endless_runs_do_not_break_the_encoder() -> None:
 
 @given(st.text())
 def test_round_trip(text: str) -> None:
-    for name in ("gpt2", "bytes"):
+    for name in ("gpt2", "gpt2-1024", "bytes"):
         tokens = load_tokenizer(name)
         assert tokens.decode(tokens.encode(text)) == text
         assert np.array_equal(tokens.encode(text), tokens.encode_bytes(text.encode()))
@@ -113,7 +157,9 @@ def test_lone_surrogates_become_replacement_characters() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(UserError, match=r"^unknown tokenizer 'gpt5'; known are gpt2, bytes$"):
+    with pytest.raises(
+        UserError, match=r"^unknown tokenizer 'gpt5'; known are gpt2, gpt2-N, bytes$"
+    ):
         load_tokenizer("gpt5")
 
 

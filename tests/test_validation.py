@@ -15,11 +15,13 @@ from helpers import on_workers
 from torch import nn
 
 from raygpt.config import ModelConfig
-from raygpt.data.corpus import Corpus
+from raygpt.data.corpus import Corpus, open_corpus
+from raygpt.data.prepare import prepare
 from raygpt.data.reader import validation_windows
+from raygpt.data.tokenizer import Tokenizer, load_tokenizer
 from raygpt.model import GPT
 from raygpt.train import validation
-from raygpt.train.validation import Validation
+from raygpt.train.validation import Validation, ValidationLoss
 
 T = 16
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=T, vocab_size=264)
@@ -61,7 +63,7 @@ def plain_loss(windows: list[np.ndarray]) -> float:
     return math.fsum(losses) / len(losses)
 
 
-def worker_losses(corpus: Corpus) -> tuple[float, float]:
+def worker_losses(corpus: Corpus) -> tuple[ValidationLoss, ValidationLoss]:
     """On each worker: the loss of the whole set and of a limited one.
 
     The limited set has fewer blocks than three workers: one of them has none.
@@ -77,7 +79,7 @@ def worker_losses(corpus: Corpus) -> tuple[float, float]:
 
 
 @pytest.fixture(scope="module")
-def one_worker(tiny_corpus: Corpus) -> tuple[float, float]:
+def one_worker(tiny_corpus: Corpus) -> tuple[ValidationLoss, ValidationLoss]:
     (result,) = on_workers(1, worker_losses, tiny_corpus)
     return result
 
@@ -124,18 +126,18 @@ def test_the_corpus_makes_it_hard(tiny_corpus: Corpus) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_loss_is_the_same_bits_for_every_number_of_workers(
-    world_size: int, one_worker: tuple[float, float], tiny_corpus: Corpus
+    world_size: int, one_worker: tuple[ValidationLoss, ValidationLoss], tiny_corpus: Corpus
 ) -> None:
     assert on_workers(world_size, worker_losses, tiny_corpus) == [one_worker] * world_size
 
 
 def test_the_loss_is_that_of_a_plain_loop(
-    one_worker: tuple[float, float], tiny_corpus: Corpus
+    one_worker: tuple[ValidationLoss, ValidationLoss], tiny_corpus: Corpus
 ) -> None:
     whole, limited = one_worker
     windows = all_windows(tiny_corpus)
-    assert whole == pytest.approx(plain_loss(windows), abs=1e-6, rel=0)
-    assert limited == pytest.approx(plain_loss(windows[: LIMIT // T]), abs=1e-6, rel=0)
+    assert whole.val_loss == pytest.approx(plain_loss(windows), abs=1e-6, rel=0)
+    assert limited.val_loss == pytest.approx(plain_loss(windows[: LIMIT // T]), abs=1e-6, rel=0)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +155,41 @@ def test_eval_tokens_may_be_more_than_there_are(tiny_corpus: Corpus) -> None:
     longest = max(chunk.tokens for chunk in tiny_corpus.chunks("val"))
     assert validation_windows(tiny_corpus, longest, 10**12) == 0
     assert validation_windows(tiny_corpus, longest - 1, 10**12) > 0
+
+
+def worker_losses_of_words(corpus: Corpus) -> ValidationLoss:
+    validation.BLOCK_TOKENS = BLOCK_WINDOWS * T
+    torch.manual_seed(3)
+    model = GPT(replace(MODEL, vocab_size=512), 512)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return Validation(corpus, T, 10**9, rank, world_size).loss(model, CPU, torch.float32)
+
+
+def test_bytes_are_those_of_the_targets(tmp_path: Path) -> None:
+    """By the definition: the text that they stand for, in which end-of-text has no part."""
+    for number, text in enumerate(["To be, or not to be. ", "naïve\n"]):
+        (tmp_path / f"{number}.txt").write_text(text * 100 * (number + 1))
+    paths = [str(tmp_path / f"{number}.txt") for number in range(2)]
+    prepare(paths, str(tmp_path / "corpus"), "gpt2-512", val_fraction=0.5, on_ray=False)
+    corpus, tokenizer = open_corpus(str(tmp_path / "corpus")), load_tokenizer("gpt2-512")
+    targets = [token for window in all_windows(corpus) for token in window[1:].tolist()]
+    text = tokenizer.decode([token for token in targets if token != tokenizer.eot])
+    first, second, third = (
+        on_workers(workers, worker_losses_of_words, corpus)[-1] for workers in (1, 2, 3)
+    )
+    assert first == second == third
+    nats = first.val_loss * len(targets)
+    assert first.val_loss_per_byte == pytest.approx(nats / len(text.encode()), rel=1e-12)
+
+
+def test_a_set_without_bytes_has_no_loss_a_byte(
+    tiny_corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "all_reduce", lambda sums: None)
+    nothing = np.zeros(N_VOCAB, np.int64)
+    monkeypatch.setattr(Tokenizer, "byte_lengths", lambda _: nothing)
+    loss = Validation(tiny_corpus, T, LIMIT, 0, 1).loss(Watcher(), CPU, torch.float32)
+    assert loss.val_loss > 0 and math.isnan(loss.val_loss_per_byte)
 
 
 @pytest.mark.usefixtures("alone")

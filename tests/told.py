@@ -40,7 +40,11 @@ def tell(
         log = RunLog(run, first)
         log.event("start", first, "2 workers on <i>L4</i>", machines=MACHINES)
         for step in range(first, stop):
-            changes = {"val_loss": 3.0 - step / 100} if step % 10 == 9 else {}
+            changes = (
+                {"val_loss": 3.0 - step / 100, "val_loss_per_byte": 1.5 - step / 200}
+                if step % 10 == 9
+                else {}
+            )
             log.step(record(step, time=began + step + 1, **changes), board=False)
         log.event(last_event, stop, "as asked")
         log.close()

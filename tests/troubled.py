@@ -26,7 +26,17 @@ train:
   sample_prompt: "", precision: fp32}}
 scale: {{workers: 2, gpus_per_worker: 0}}
 """
-TRAINED = ("step", "tokens", "loss", "lr", "grad_norm", "epoch", "batch_hash", "val_loss")
+TRAINED = (
+    "step",
+    "tokens",
+    "loss",
+    "lr",
+    "grad_norm",
+    "epoch",
+    "batch_hash",
+    "val_loss",
+    "val_loss_per_byte",
+)
 Result = tuple[str, list[dict[str, Any]]]
 
 

@@ -72,6 +72,8 @@ class Curves:
         """Step, tokens, seconds and loss of each validation."""
         self.last: dict[str, Any] | None = None
         """The last row."""
+        self.val_loss_per_byte: float | None = None
+        """Of the last validation, nats a byte."""
         self._first_time = 0.0
         self._each = 1
 
@@ -100,6 +102,7 @@ class Curves:
         )
         if row.get("val_loss") is not None:
             self.validations.append((row["step"], row["tokens"], seconds, row["val_loss"]))
+            self.val_loss_per_byte = row.get("val_loss_per_byte")
         if self.points and self.points[-1].count < self._each:
             self.points[-1].join(point)
             return

@@ -16,6 +16,7 @@ import jinja2
 
 from raygpt import __version__
 from raygpt.runs.accounts import COUNTED
+from raygpt.runs.curves import Curves
 from raygpt.runs.history import RUNNING, History
 
 EVENTS_SHOWN = 200
@@ -145,7 +146,7 @@ def _figures(history: History, last: dict[str, Any]) -> list[dict[str, str]]:
     def figure(name: str, value: str, note: str = "") -> dict[str, str]:
         return {"name": name, "value": value, "note": note}
 
-    curves, best = history.curves, history.curves.best
+    curves = history.curves
     speed = curves.speed()
     seconds = curves.points[-1].seconds if curves.points else 0.0
     epoch = f"epoch {last['epoch']}" if last else ""
@@ -154,7 +155,7 @@ def _figures(history: History, last: dict[str, Any]) -> list[dict[str, str]]:
         figure(
             "validation loss",
             _number(curves.validations[-1][3] if curves.validations else None),
-            f"best {best[1]:.4f} at step {best[0]:,}" if best else "",
+            _validation_note(curves),
         ),
         figure("tokens", count(last.get("tokens", 0)), epoch),
         figure("tokens a second", "-" if speed is None else count(speed), "in steps"),
@@ -166,6 +167,13 @@ def _figures(history: History, last: dict[str, Any]) -> list[dict[str, str]]:
     if last.get("skipped"):
         found.append(figure("skipped steps", f"{last['skipped']:,}", "loss or norm not finite"))
     return found
+
+
+def _validation_note(curves: Curves) -> str:
+    best, per_byte = curves.best, curves.val_loss_per_byte
+    notes = [f"{per_byte:.4f} a byte"] if per_byte is not None else []
+    notes += [f"best {best[1]:.4f} at step {best[0]:,}"] if best else []
+    return ", ".join(notes)
 
 
 def _times(number: int, what: str) -> str:

@@ -32,13 +32,19 @@ def table(title: str, rows: dict[str, str]) -> Table:
 
 def step_line(row: dict[str, Any]) -> str:
     """The console line of a step."""
-    # A skipped step has no loss or norm in metrics.jsonl.
-    loss, norm = (float("nan") if row[k] is None else row[k] for k in ("loss", "grad_norm"))
+
+    def number(key: str) -> float:
+        value = row.get(key)
+        return math.nan if value is None else float(value)  # what is not finite has none there
+
+    loss, norm = number("loss"), number("grad_norm")
     line = (
         f"step {row['step']:4d} | loss: {loss:.6f} | lr {row['lr']:.4e} | norm: {norm:.4f} | "
         f"dt: {row['step_ms']:.2f}ms | tok/sec: {row['tokens_per_s']:.2f}"
     )
-    return f"{line} | val: {row['val_loss']:.6f}" if "val_loss" in row else line
+    if "val_loss" not in row:
+        return line
+    return f"{line} | val: {number('val_loss'):.6f}, {number('val_loss_per_byte'):.6f} a byte"
 
 
 class Follower:

@@ -225,8 +225,7 @@ def _corpus_path(config: Config) -> str:
 
 def _embedded_corpus(config: Config) -> str:
     """The embedded text as a corpus beside the runs; made on first use."""
-    gpt2 = load_tokenizer("gpt2")
-    tokenizer = gpt2.name if config.model.vocab_size >= gpt2.n_vocab else "bytes"
+    tokenizer = _embedded_tokenizer(config.model.vocab_size)
     chunk_tokens = _EMBEDDED_CHUNK_WINDOWS * config.model.block_size + 1
     folder = Folder.from_path(config.run.storage).child(
         f"{EMBEDDED_CORPUS}-{tokenizer}-{chunk_tokens}"
@@ -244,6 +243,14 @@ def _embedded_corpus(config: Config) -> str:
                 on_ray=False,
             )
     return folder.uri
+
+
+def _embedded_tokenizer(vocab_size: int) -> str:
+    """What fills ``model.vocab_size``: GPT-2's tokens, as many of its first as fit, or bytes."""
+    if vocab_size >= load_tokenizer("gpt2").n_vocab:
+        return "gpt2"
+    padded_bytes = -(-load_tokenizer("bytes").n_vocab // 64) * 64
+    return "bytes" if vocab_size <= padded_bytes else f"gpt2-{vocab_size}"
 
 
 def check_identity(job: Job, earlier: dict[str, Any]) -> None:

@@ -100,14 +100,15 @@ def _conclude(job: Job, console: Console, began: float, chronicler: Chronicler) 
     position = checkpoint.position
     rows = _metrics(job)
     in_steps = sum(row["step_ms"] for row in rows) / 1000
+    per_token = _bytes_a_token(rows)
     accounts = Accounts(rows)
     seconds = sum(accounts.seconds.values())
     result = {
         "steps": f"{position.step:,}, {position.skipped} skipped",
         "tokens": f"{position.tokens:,}",
         "training loss": f"{rows[-1]['loss']:.6f}" if rows and rows[-1]["loss"] else "-",
-        "validation loss": _loss(position.val_loss),
-        "best validation loss": _loss(position.best_val_loss),
+        "validation loss": _loss(position.val_loss, per_token),
+        "best validation loss": _loss(position.best_val_loss, per_token),
         "time": f"{seconds:.1f} s, {in_steps:.1f} s of it in steps",
         "tokens a second": f"{position.tokens / in_steps:,.0f} in steps, "
         f"{position.tokens / seconds:,.0f} overall",
@@ -128,5 +129,16 @@ def _conclude(job: Job, console: Console, began: float, chronicler: Chronicler) 
         say(console, text)
 
 
-def _loss(value: float | None) -> str:
-    return "-" if value is None else f"{value:.6f} nats a token"
+def _loss(value: float | None, bytes_a_token: float | None) -> str:
+    if value is None:
+        return "-"
+    a_byte = f", {value / bytes_a_token:.6f} a byte" if bytes_a_token else ""
+    return f"{value:.6f} nats a token{a_byte}"
+
+
+def _bytes_a_token(rows: list[dict[str, Any]]) -> float | None:
+    """Of the validation set, which is fixed; from the last line that has both losses."""
+    for row in reversed(rows):
+        if row.get("val_loss") and row.get("val_loss_per_byte"):
+            return float(row["val_loss"] / row["val_loss_per_byte"])
+    return None

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ from raygpt.train.board import Board
 
 UPLOAD_SECONDS = 15.0
 _SCALARS = (
-    *("loss", "val_loss", "lr", "grad_norm"),
+    *("loss", "val_loss", "val_loss_per_byte", "lr", "grad_norm"),
     *("step_ms", "tokens_per_s", "mfu", "data_wait_ms", "world_size", "skipped", "goodput"),
 )
 
@@ -102,10 +102,9 @@ class StepRecord:
     def __post_init__(self) -> None:
         object.__setattr__(self, "metrics", {k: _finite(v) for k, v in self.metrics.items()})
 
-    def add_val_loss(self, val_loss: float | None) -> None:
-        """Add what was measured after the step, if it was."""
-        if val_loss is not None:
-            self.metrics["val_loss"] = _finite(val_loss)
+    def add(self, measured: Mapping[str, float]) -> None:
+        """Add what was measured after the step."""
+        self.metrics.update((name, _finite(value)) for name, value in measured.items())
 
 
 class RunLog:

@@ -2,9 +2,11 @@
 
 The set is the first windows of the validation split, in corpus order, cut into blocks of fixed
 shape; worker r computes blocks r, r + W, ...; the blocks' sums are added in block order.
+A loss a byte compares models of different tokenizers, which a loss a token does not.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +17,20 @@ from raygpt import device as devices
 from raygpt.data.corpus import Corpus
 from raygpt.data.order import windows_in
 from raygpt.data.reader import cut, validation_windows
+from raygpt.data.tokenizer import load_tokenizer
 
 BLOCK_TOKENS = 16_384
 """Targets of a block, at least one window; memory, not numbers, sets it, but numbers know it."""
+
+
+class ValidationLoss(NamedTuple):
+    """By their keys in metrics.jsonl."""
+
+    val_loss: float
+    """Mean cross entropy, nats a token."""
+    val_loss_per_byte: float
+    """The same sum over the bytes that the tokens stand for, nats a byte; nan where there are
+    none."""
 
 
 class Validation:
@@ -38,6 +51,9 @@ class Validation:
         self._mine = {
             block: self._read(corpus, block) for block in blocks if block % world_size == rank
         }
+        lengths = load_tokenizer(corpus.tokenizer).byte_lengths()
+        self._bytes = sum(int(lengths[part[:, 1:]].sum()) for part in self._mine.values())
+        """Of this worker's targets."""
 
     def _read(self, corpus: Corpus, block: int) -> np.ndarray:
         begin = block * self._per_block
@@ -53,9 +69,10 @@ class Validation:
         return np.concatenate(parts)
 
     @torch.no_grad()
-    def loss(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> float:
-        """Mean cross entropy, nats a token; every worker calls it and gets the same number."""
-        sums = torch.zeros(self._block_count, dtype=torch.float64, device=device)
+    def loss(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> ValidationLoss:
+        """Every worker calls it and gets the same numbers."""
+        sums = torch.zeros(self._block_count + 1, dtype=torch.float64, device=device)
+        sums[-1] = self._bytes  # whole numbers, whose sum is exact
         model.eval()
         for block, windows in self._mine.items():
             tokens = torch.from_numpy(windows.astype(np.int64)).to(device)
@@ -64,4 +81,7 @@ class Validation:
             sums[block] = mean.double() * len(windows)
         model.train()
         dist.all_reduce(sums)  # each block has one owner; the others add zero
-        return math.fsum(sums.tolist()) / self._count
+        *by_block, target_bytes = sums.tolist()
+        total = math.fsum(by_block)
+        per_byte = total * self._block_size / target_bytes if target_bytes else math.nan
+        return ValidationLoss(total / self._count, per_byte)

@@ -207,7 +207,7 @@ class Worker:
                 self.garbage.collect()
                 self.peak.count_step()
                 with self.stopwatch.during("validation"):
-                    record.add_val_loss(self._validate())
+                    self._validate(record)
                 self._log_step(record)
                 self._check_skipped()
                 with self.stopwatch.during("checkpoint"):
@@ -306,18 +306,18 @@ class Worker:
         """Where a group of workers ended between a step and its validation, do that first."""
         self.missed = False
         if self.rescued and self.position.val_loss is None:
-            val_loss = self._validate()
-            self.rescued[-1].add_val_loss(val_loss)
-            self.missed = val_loss is not None
+            self.missed = self._validate(self.rescued[-1])
 
-    def _validate(self) -> float | None:
+    def _validate(self, record: StepRecord) -> bool:
+        """If it is due after the step of ``record``, which gets the loss."""
         every, step = self.config.train.eval_every, self.position.step
         due = step == self.config.train.steps or (every and step % every == 0)
         if self.validation is None or not due:
-            return None
+            return False
         loss = self.validation.loss(self.model, self.device, self.dtype)
-        self.position = replace(self.position, val_loss=loss)
-        return loss
+        self.position = replace(self.position, val_loss=loss.val_loss)
+        record.add(loss._asdict())
+        return True
 
     def _checkpoint(self, now: bool) -> None:
         """Write a checkpoint when one is due: by the interval, at the end, for a new best, now."""

@@ -12,7 +12,17 @@ from raygpt.storage import Folder
 from raygpt.train.checkpoints import checkpoint_name, is_finished, open_checkpoint, steps_of
 from raygpt.train.state import verify
 
-TRAINED = ("step", "tokens", "loss", "lr", "grad_norm", "epoch", "batch_hash", "val_loss")
+TRAINED = (
+    "step",
+    "tokens",
+    "loss",
+    "lr",
+    "grad_norm",
+    "epoch",
+    "batch_hash",
+    "val_loss",
+    "val_loss_per_byte",
+)
 """What must be equal, bit for bit, between two runs of the same settings."""
 AUDIT_SECONDS = 120
 
