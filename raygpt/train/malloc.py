@@ -1,6 +1,15 @@
-"""How glibc allocates in the processes of workers; a process reads this as it starts."""
+"""How glibc allocates in the processes of workers; a process reads this as it starts.
 
+Memory that was freed is kept, which is fast.  Where memory matters more, free pages are given back
+between layers.
+"""
+
+import ctypes
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what starts processes has no torch
+    from raygpt.model import GPT
 
 NAME = "GLIBC_TUNABLES"
 _TUNABLES = {
@@ -18,3 +27,23 @@ def tunables() -> str:
     """The value of ``GLIBC_TUNABLES`` for workers; a user's own goes first."""
     ours = ":".join(f"glibc.malloc.{name}={value}" for name, value in _TUNABLES.items())
     return os.environ.get(NAME, ours)
+
+
+def give_back_between_layers(model: "GPT") -> None:
+    """Let a model on a CPU give free memory back to the kernel before each forward pass, and after
+    each layer's backward pass.
+
+    Gradients come to lie among what a layer needs for a moment, and leave holes that add up.
+    Without glibc it changes nothing.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None:
+        return
+
+    def give_back(*_: object) -> None:
+        trim(0)
+
+    model.register_forward_pre_hook(give_back)
+    for block in model.transformer.h:
+        first = next(block.parameters())  # its gradient is the layer's last
+        first.register_post_accumulate_grad_hook(give_back)

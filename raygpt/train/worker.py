@@ -33,6 +33,7 @@ from raygpt.train.gauges import Gauges
 from raygpt.train.host import check_reachable, gather_machines
 from raygpt.train.job import Job
 from raygpt.train.listener import Listener
+from raygpt.train.malloc import give_back_between_layers
 from raygpt.train.processes import start_spare_later
 from raygpt.train.profile import Profiler
 from raygpt.train.progress import RunLog, StepRecord
@@ -96,6 +97,8 @@ class Worker:
         )
         if config.train.activation_checkpointing:
             self.model.checkpoint_activations()
+            if self.device.type == "cpu":
+                give_back_between_layers(self.model)
         self.compiled: CompiledLayers | None = None
         if config.train.compile:
             devices.check_compiler(self.device)

@@ -1,0 +1,67 @@
+"""Memory that was freed: kept by workers, and given back between layers where that is asked for."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from raygpt.train import malloc
+
+MIB = 2**20
+PROGRAM = """
+import json, sys
+import psutil, torch
+from raygpt.config import ModelConfig
+from raygpt.model import GPT
+from raygpt.train.malloc import give_back_between_layers
+
+torch.set_num_threads(1)
+
+def resident_after_much_was_freed():
+    pieces = [torch.ones(2**18) for _ in range(256)]
+    last = torch.ones(1)  # behind them, so that the heap cannot simply end earlier
+    del pieces
+    return psutil.Process().memory_info().rss, last
+
+def loss(idx):
+    return model(idx[:, :-1], idx[:, 1:])
+
+torch.manual_seed(1)
+model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=32))
+idx = torch.randint(0, 32, (2, 9))
+loss(idx).backward()
+model.zero_grad()
+if sys.argv[1] == "give back":
+    give_back_between_layers(model)
+found = []
+before, _ = resident_after_much_was_freed()
+result = loss(idx)
+found.append(before - psutil.Process().memory_info().rss)
+before, _ = resident_after_much_was_freed()
+result.backward()
+found.append(before - psutil.Process().memory_info().rss)
+print(json.dumps([*found, result.item(), model.lm_head.weight.grad.sum().item()]))
+"""
+
+
+def outcome(what: str) -> list[float]:
+    """Bytes that a forward and a backward pass gave back; the loss and a sum of gradients."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, what],
+        env={**os.environ, malloc.NAME: malloc.tunables()},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    values: list[float] = json.loads(done.stdout)
+    return values
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_free_memory_is_kept_or_given_back() -> None:
+    *kept, loss, gradients = outcome("keep")
+    assert all(abs(size) < 64 * MIB for size in kept)
+    *given, same_loss, same_gradients = outcome("give back")
+    assert all(size > 192 * MIB for size in given), "before the forward and in the backward pass"
+    assert (loss, gradients) == (same_loss, same_gradients)
