@@ -174,9 +174,7 @@ def test_bytes_are_those_of_the_targets(tmp_path: Path) -> None:
     corpus, tokenizer = open_corpus(str(tmp_path / "corpus")), load_tokenizer("gpt2-512")
     targets = [token for window in all_windows(corpus) for token in window[1:].tolist()]
     text = tokenizer.decode([token for token in targets if token != tokenizer.eot])
-    first, other = (
-        on_workers(workers, worker_losses_of_words, corpus)[-1] for workers in (1, 3)
-    )
+    first, other = (on_workers(workers, worker_losses_of_words, corpus)[-1] for workers in (1, 3))
     assert first == other
     nats = first.val_loss * len(targets)
     assert first.val_loss_per_byte == pytest.approx(nats / len(text.encode()), rel=1e-12)
