@@ -12,6 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+TRAINED = (
+    *("step", "tokens", "loss", "lr", "grad_norm", "epoch", "batch_hash"),
+    *("val_loss", "val_loss_per_byte"),
+)
+"""What must be equal, bit for bit, between two runs of the same settings."""
 WEIGHTS_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 """The files of a small checkpoint."""
 _CONTEXT = multiprocessing.get_context("forkserver")

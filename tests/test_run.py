@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from head import Head
-from helpers import WEIGHTS_FILE
+from helpers import TRAINED, WEIGHTS_FILE
 from hosts import LocalHost
 
 from raygpt.data.prepare import prepare
@@ -42,18 +42,6 @@ KEYS = {
     *("step", "tokens", "loss", "lr", "grad_norm", "step_ms", "tokens_per_s", "mfu"),
     *("data_wait_ms", "world_size", "epoch", "batch_hash"),
 }
-TRAINED = (
-    "step",
-    "tokens",
-    "loss",
-    "lr",
-    "grad_norm",
-    "epoch",
-    "batch_hash",
-    "val_loss",
-    "val_loss_per_byte",
-)
-"""What must be equal, bit for bit, between two runs of the same settings."""
 LINE = re.compile(
     r"step +\d+ \| loss: \d+\.\d{6} \| lr \d\.\d{4}e[-+]\d\d \| norm: \d+\.\d{4} \| "
     r"dt: \d+\.\d\dms \| tok/sec: \d+\.\d\d"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from head import Head
+from helpers import TRAINED
 
 from raygpt.data.prepare import prepare
 from raygpt.runs.files import EVENTS, LEDGER, METRICS, read_json_lines
@@ -26,17 +27,6 @@ train:
   sample_prompt: "", precision: fp32}}
 scale: {{workers: 2, gpus_per_worker: 0}}
 """
-TRAINED = (
-    "step",
-    "tokens",
-    "loss",
-    "lr",
-    "grad_norm",
-    "epoch",
-    "batch_hash",
-    "val_loss",
-    "val_loss_per_byte",
-)
 Result = tuple[str, list[dict[str, Any]]]
 
 

@@ -6,24 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helpers import TRAINED
+
 from chaos.runner import Outcome
 from chaos.trial import Trial
 from raygpt.storage import Folder
 from raygpt.train.checkpoints import checkpoint_name, is_finished, open_checkpoint, steps_of
 from raygpt.train.state import verify
 
-TRAINED = (
-    "step",
-    "tokens",
-    "loss",
-    "lr",
-    "grad_norm",
-    "epoch",
-    "batch_hash",
-    "val_loss",
-    "val_loss_per_byte",
-)
-"""What must be equal, bit for bit, between two runs of the same settings."""
 AUDIT_SECONDS = 120
 
 
