@@ -4,7 +4,7 @@
 
 raygpt's sides are whole commands: ``jobs/train.py PRESET``, from the start of Ray to the sample at
 the end.  nanoGPT's recipe (plain_recipe.py) gets as long as the slowest of them took, and as many
-steps as fit.  All learn from the same nine tenths of the text and are held against the rest of it,
+steps as fit.  All learn from the same part of the text and are held against the rest of it,
 each in its own tokens (nanoGPT's are bytes) and windows; the loss is in nats a byte.
 """
 
@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +24,10 @@ import numpy as np
 
 from benchmarks.step import ROOT
 from benchmarks.turns import Row, add_rounds, machine, rounds, turns
+from raygpt.data.corpus import SPLITS, open_corpus
+from raygpt.data.tokenizer import load_tokenizer
 
 PRESETS = ("shakespeare", "shakespeare-modern")
-VAL_FRACTION = 0.1
-"""Of the text, its end; as raygpt's sides have it."""
 
 
 class Result(NamedTuple):
@@ -55,11 +54,15 @@ class Sides:
         return Result(seconds, json.loads(lines[-1])["val_loss_per_byte"])
 
     def nanogpt(self) -> Result:
-        text = (resources.files("raygpt") / "assets" / "tinyshakespeare.txt").read_bytes()
-        cut, files = round(len(text) * (1 - VAL_FRACTION)), {}
-        for split, part in {"train": text[:cut], "val": text[cut:]}.items():
+        corpus = open_corpus(str(next(self._folder.glob("*/manifest.json")).parent))
+        tokenizer = load_tokenizer(corpus.tokenizer)
+        files: dict[str, str] = {}
+        for split in SPLITS:
             files[split] = str(self._folder / f"{split}.bin")
-            np.frombuffer(part, np.uint8).astype(np.uint16).tofile(files[split])
+            chunks = range(len(corpus.chunks(split)))
+            tokens = np.concatenate([corpus.read_chunk(split, index) for index in chunks])
+            text = tokenizer.decode(tokens[tokens != tokenizer.eot])
+            np.frombuffer(text.encode(), np.uint8).astype(np.uint16).tofile(files[split])
         result = self._folder / "result.json"
         settings = {**files, "end": time.time() + self._longest, "result": str(result)}
         file = self._folder / "settings.json"
