@@ -36,7 +36,7 @@ def give_back_between_layers(model: "GPT") -> None:
     backward pass after each fourth layer.
 
     Gradients come to lie among what a layer needs for a moment, and leave holes that add up.
-    Fresh pages take time: after every layer they were a sixth of a step of GPT-2's.
+    Fresh pages take time, so it is not done after every layer.
     Without glibc it changes nothing.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
