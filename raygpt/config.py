@@ -64,7 +64,8 @@ class RunConfig:
 @dataclass(frozen=True)
 class DataConfig:
     corpus: str = EMBEDDED_CORPUS
-    """Folder or URI of a corpus made by jobs/prepare.py; 'embedded' is the text in the package."""
+    """Folder or URI of a corpus made by jobs/prepare.py; 'embedded' is the text in the package, in
+    as many of GPT-2's first tokens as model.vocab_size holds, up to 320 in bytes."""
     val_corpus: str | None = None
     """Corpus whose validation split is used instead of data.corpus's own."""
     seed: int = 1337

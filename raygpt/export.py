@@ -100,7 +100,7 @@ def _config(config: ModelConfig, tokenizer: Tokenizer) -> Json:
 
 def _tokenizer_files(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Json]:
     """tokenizer.json of the ``tokenizers`` library, its settings, and GPT-2's vocab.json."""
-    vocab = {_printable(token): i for i, token in enumerate(_tokens(tokenizer))}
+    vocab = {_printable(token): i for i, token in enumerate(tokenizer.tokens())}
     vocab[END_OF_TEXT] = tokenizer.eot
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     special = {
@@ -147,11 +147,6 @@ def _tokenizer_files(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Jso
     }
 
 
-def _tokens(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of every ordinary token, by id."""
-    return [tokenizer._encoding.decode_single_token_bytes(i) for i in range(tokenizer.eot)]
-
-
 def _merges(tokenizer: Tokenizer) -> list[str]:
     """The merges that made the vocabulary, in order, each as two printable tokens.
 
@@ -159,7 +154,7 @@ def _merges(tokenizer: Tokenizer) -> list[str]:
     a token is the last one when its own bytes are encoded with the tokens of lower rank, so
     encoding stops at the two parts.
     """
-    tokens = _tokens(tokenizer)
+    tokens = tokenizer.tokens()
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return [
         " ".join(_printable(part) for part in _two_parts(token, ranks))

@@ -88,6 +88,11 @@ def test_special_strings_in_text_are_ordinary() -> None:
     assert tokens.encode(text).tolist() == list(text.encode())
 
 
+def test_sizes_are_known_without_loading() -> None:
+    assert load_tokenizer("gpt2").n_vocab == module.GPT2_TOKENS
+    assert load_tokenizer("bytes").n_vocab == module.BYTE_TOKENS
+
+
 def test_hashes_are_pinned() -> None:
     # Corpora record them: a change makes every corpus unreadable and must be meant.
     assert load_tokenizer("gpt2").hash == (

@@ -19,9 +19,10 @@ import tiktoken
 from raygpt.errors import UserError
 
 TOKENIZERS = ("gpt2", "gpt2-N", "bytes")
+GPT2_TOKENS, BYTE_TOKENS = 50_257, 257
+"""Tokens of ``gpt2`` and ``bytes``, which take a while to load."""
 END_OF_TEXT = "<|endoftext|>"
 _FIRST = re.compile(r"gpt2-([1-9][0-9]*)")
-_BYTES = 256
 _GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # Kept here rather than taken from tiktoken_ext: its spelling may change with a release of
 # tiktoken, and with it the hash of the tokenizer that every corpus records.
@@ -44,7 +45,6 @@ class Tokenizer:
         self.dtype: np.dtype = np.dtype(np.uint16 if self.n_vocab <= 2**16 else np.uint32)
         self.hash: str = _hash(ranks, {END_OF_TEXT: self.eot}, pattern)
         """sha256 hex over ranks, special tokens and pattern."""
-        self._lengths = [len(token) for token in sorted(ranks, key=ranks.__getitem__)]
 
     def encode(self, text: str) -> np.ndarray:
         """Ordinary tokens of ``text``, 1-D of :attr:`dtype`; lone surrogates become U+FFFD.
@@ -78,9 +78,13 @@ class Tokenizer:
         """Text of ``tokens``, which lie below :attr:`n_vocab`; invalid UTF-8 becomes U+FFFD."""
         return self._encoding.decode([int(token) for token in tokens], errors="replace")
 
+    def tokens(self) -> list[bytes]:
+        """The bytes of every ordinary token, by id."""
+        return [self._encoding.decode_single_token_bytes(i) for i in range(self.eot)]
+
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text that each token stands for, (n_vocab,) int64; the end of text has none."""
-        return np.array([*self._lengths, 0], np.int64)
+        return np.array([*map(len, self.tokens()), 0], np.int64)
 
 
 @cache
@@ -95,7 +99,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     elif first := _FIRST.fullmatch(name):
         ranks, pattern = _first_ranks(int(first[1]), name), _GPT2_PATTERN
     elif name == "bytes":
-        ranks, pattern = {bytes([byte]): byte for byte in range(_BYTES)}, _BYTES_PATTERN
+        ranks, pattern = {bytes([byte]): byte for byte in range(256)}, _BYTES_PATTERN
     else:
         raise UserError(f"unknown tokenizer {name!r}; known are {', '.join(TOKENIZERS)}")
     encoding = tiktoken.Encoding(
@@ -120,13 +124,13 @@ def _gpt2_ranks() -> dict[bytes, int]:
 def _first_ranks(n_vocab: int, name: str) -> dict[bytes, int]:
     """Those of a vocabulary of ``n_vocab`` tokens: a token is merged from two of lower rank, so the
     first ones are a byte-pair encoding, too."""
-    ranks = _gpt2_ranks()
-    if not _BYTES < n_vocab <= len(ranks):
+    if not BYTE_TOKENS <= n_vocab < GPT2_TOKENS:
         raise UserError(
-            f"tokenizer {name!r}: N of gpt2-N must lie in {_BYTES + 1}..{len(ranks)}; the whole "
-            "vocabulary is gpt2"
+            f"tokenizer {name!r}: N of gpt2-N must lie in {BYTE_TOKENS}..{GPT2_TOKENS - 1}; the "
+            "whole vocabulary is gpt2"
         )
-    return {token: rank for token, rank in ranks.items() if rank < n_vocab - 1}  # and the end
+    ranks = _gpt2_ranks().items()
+    return {token: rank for token, rank in ranks if rank < n_vocab - 1}  # and the end
 
 
 def _hash(ranks: dict[bytes, int], specials: dict[str, int], pattern: str) -> str:

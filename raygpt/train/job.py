@@ -15,7 +15,7 @@ from raygpt.data.corpus import MANIFEST, Corpus, open_corpus
 from raygpt.data.order import BatchSchedule, Segments, windows_in
 from raygpt.data.prepare import prepare
 from raygpt.data.reader import ReadPlan, validation_windows
-from raygpt.data.tokenizer import load_tokenizer
+from raygpt.data.tokenizer import BYTE_TOKENS, GPT2_TOKENS, load_tokenizer
 from raygpt.errors import UserError
 from raygpt.sizes import num_params
 from raygpt.storage import Folder
@@ -194,13 +194,12 @@ def with_absolute_storage(config: Config) -> Config:
 
 
 def _check_vocabulary(config: Config, corpus: Corpus) -> None:
-    padded = -(-corpus.n_vocab // _VOCAB_PADDING) * _VOCAB_PADDING
-    if not corpus.n_vocab <= config.model.vocab_size <= padded:
-        suggestion = -(-corpus.n_vocab // 64) * 64
+    most = _padded(corpus.n_vocab, _VOCAB_PADDING)
+    if not corpus.n_vocab <= config.model.vocab_size <= most:
         raise UserError(
             f"model.vocab_size {config.model.vocab_size} does not fit corpus {corpus.path}, whose "
             f"tokenizer {corpus.tokenizer!r} has {corpus.n_vocab} tokens; use another corpus, or "
-            f"set --model.vocab_size {suggestion}"
+            f"set --model.vocab_size {_padded(corpus.n_vocab, 64)}"
         )
     try:
         tokenizer = load_tokenizer(corpus.tokenizer)
@@ -247,10 +246,13 @@ def _embedded_corpus(config: Config) -> str:
 
 def _embedded_tokenizer(vocab_size: int) -> str:
     """What fills ``model.vocab_size``: GPT-2's tokens, as many of its first as fit, or bytes."""
-    if vocab_size >= load_tokenizer("gpt2").n_vocab:
+    if vocab_size >= GPT2_TOKENS:
         return "gpt2"
-    padded_bytes = -(-load_tokenizer("bytes").n_vocab // 64) * 64
-    return "bytes" if vocab_size <= padded_bytes else f"gpt2-{vocab_size}"
+    return "bytes" if vocab_size <= _padded(BYTE_TOKENS, 64) else f"gpt2-{vocab_size}"
+
+
+def _padded(n_vocab: int, multiple: int) -> int:
+    return -(-n_vocab // multiple) * multiple
 
 
 def check_identity(job: Job, earlier: dict[str, Any]) -> None:

@@ -100,15 +100,15 @@ def _conclude(job: Job, console: Console, began: float, chronicler: Chronicler) 
     position = checkpoint.position
     rows = _metrics(job)
     in_steps = sum(row["step_ms"] for row in rows) / 1000
-    per_token = _bytes_a_token(rows)
+    bytes_a_token = _bytes_a_token(rows)
     accounts = Accounts(rows)
     seconds = sum(accounts.seconds.values())
     result = {
         "steps": f"{position.step:,}, {position.skipped} skipped",
         "tokens": f"{position.tokens:,}",
         "training loss": f"{rows[-1]['loss']:.6f}" if rows and rows[-1]["loss"] else "-",
-        "validation loss": _loss(position.val_loss, per_token),
-        "best validation loss": _loss(position.best_val_loss, per_token),
+        "validation loss": _loss(position.val_loss, bytes_a_token),
+        "best validation loss": _loss(position.best_val_loss, bytes_a_token),
         "time": f"{seconds:.1f} s, {in_steps:.1f} s of it in steps",
         "tokens a second": f"{position.tokens / in_steps:,.0f} in steps, "
         f"{position.tokens / seconds:,.0f} overall",

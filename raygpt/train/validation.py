@@ -6,6 +6,7 @@ A loss a byte compares models of different tokenizers, which a loss a token does
 """
 
 import math
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -51,9 +52,13 @@ class Validation:
         self._mine = {
             block: self._read(corpus, block) for block in blocks if block % world_size == rank
         }
-        lengths = load_tokenizer(corpus.tokenizer).byte_lengths()
-        self._bytes = sum(int(lengths[part[:, 1:]].sum()) for part in self._mine.values())
-        """Of this worker's targets."""
+        self._tokenizer = corpus.tokenizer
+
+    @cached_property
+    def _bytes(self) -> int:
+        """Of this worker's targets; not at the start, since a large vocabulary takes a while."""
+        lengths = load_tokenizer(self._tokenizer).byte_lengths()
+        return sum(int(lengths[windows[:, 1:]].sum()) for windows in self._mine.values())
 
     def _read(self, corpus: Corpus, block: int) -> np.ndarray:
         begin = block * self._per_block
