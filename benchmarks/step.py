@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,12 @@ class Case:
     micro: int
     steps: int
     warm_up: int
+    lanes: int = 0
+    """By default one for each worker."""
+    gpu: bool = False
+    """A GPU for each worker, and bf16; else fp32 on CPUs."""
+    compile: bool = False
+    """Layers of raygpt, the whole network of the other."""
 
 
 CASES = {
@@ -56,6 +62,11 @@ CASES = {
     "bytes, 6 x 384, one worker": Case(
         "bytes", ModelConfig(6, 6, 384, 256, 320), 1, 2, 8, 8, 40, 10
     ),
+}
+_GPT2 = Case("gpt2", ModelConfig(12, 12, 768, 1024, 50304), 1, 1, 64, 16, 40, 10, 4, gpu=True)
+GPU_CASES = {
+    "GPT-2 124M, one GPU": _GPT2,
+    "GPT-2 124M, one GPU, compiled": replace(_GPT2, compile=True, steps=50, warm_up=20),
 }
 
 
@@ -85,11 +96,12 @@ class Sides:
         self._call(
             *(sys.executable, "jobs/train.py", *model, f"--data.corpus={self._corpus}"),
             *(f"--run.storage={self._folder}", f"--run.name={name}"),
-            *(f"--batch.tokens={tokens}", f"--batch.lanes={case.workers}"),
+            *(f"--batch.tokens={tokens}", f"--batch.lanes={case.lanes or case.workers}"),
             *(f"--batch.micro={case.micro}", f"--train.steps={case.steps}"),
             *("--train.eval_tokens=0", "--train.sample_prompt=", "--train.log_every=10"),
-            *("--train.checkpoint_every=100000", "--train.precision=fp32"),
-            "--scale.gpus_per_worker=0",
+            *("--train.checkpoint_every=100000", f"--train.compile={case.compile}"),
+            f"--train.precision={'bf16' if case.gpu else 'fp32'}",
+            f"--scale.gpus_per_worker={int(case.gpu)}",
             *(f"--scale.workers={case.workers}", f"--scale.threads={case.threads}", *more),
         )
         lines = (self._folder / name / "metrics.jsonl").read_text().splitlines()
@@ -117,6 +129,8 @@ class Sides:
             "windows": case.windows,
             "micro": case.micro,
             "steps": case.steps,
+            "gpu": case.gpu,
+            "compile": case.compile,
             "times": str(self._folder / "times.json"),
         }
         file = self._folder / "settings.json"
@@ -146,10 +160,11 @@ def share_of_machine(case: Case, metrics: list[dict[str, Any]]) -> float:
 
 def rows(asked: int, cases: Iterable[str] = CASES) -> Iterator[Row]:
     for name in cases:
+        case = (CASES | GPU_CASES)[name]
         with tempfile.TemporaryDirectory() as folder:
-            sides = Sides(CASES[name], Path(folder))
+            sides = Sides(case, Path(folder))
             times = in_turns([sides.ours, sides.plain], asked)
-        speeds = [[speed(CASES[name], t) for t in side] for side in times]
+        speeds = [[speed(case, t) for t in side] for side in times]
         ours, plain = map(statistics.median, speeds)
         yield Row(
             f"training, {name}",
@@ -158,13 +173,13 @@ def rows(asked: int, cases: Iterable[str] = CASES) -> Iterator[Row]:
             f"{plain:,.0f} tokens/s",
             ratio(*speeds),
         )
-        shares = [share_of_machine(CASES[name], metrics) for metrics in sides.metrics]
-        flops = [s * flops_per_token(CASES[name].model) / 1e9 for s in speeds[0]]
+        shares = [share_of_machine(case, metrics) for metrics in sides.metrics]
+        flops = [s * flops_per_token(case.model) / 1e9 for s in speeds[0]]
         peaks = [f / share for f, share in zip(flops, shares, strict=True)]
         yield Row(
             f"share of the machine, {name}",
             f"{statistics.median(flops):.0f} GFLOP/s",
-            "matrix products on the same cores",
+            "the GPU's data sheet" if case.gpu else "matrix products on the same cores",
             f"{statistics.median(peaks):.0f} GFLOP/s",
             ratio(flops, peaks),
         )
@@ -173,7 +188,9 @@ def rows(asked: int, cases: Iterable[str] = CASES) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_rounds(parser, usual=5, short=2)
-    parser.add_argument("--case", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument(
+        "--case", nargs="*", choices=CASES | GPU_CASES, default=list(CASES), help="default: on CPUs"
+    )
     arguments = parser.parse_args()
     asked = rounds(parser, arguments)
     print(machine())

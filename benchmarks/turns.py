@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from raygpt.device import cpu_kind
+from raygpt.device import cpu_kind, describe, local_device
 
 _Value = TypeVar("_Value")
 
@@ -31,7 +31,9 @@ class Row(NamedTuple):
 
 def machine() -> str:
     """What the figures were measured on."""
-    return f"{cpu_kind()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32"
+    cpu = f"{cpu_kind()}, {os.cpu_count()} cores, fp32"
+    gpu = f"{describe(device)}, bf16; " if (device := local_device()).type == "cuda" else ""
+    return f"{gpu}{cpu}; torch {torch.__version__}"
 
 
 def add_rounds(parser: argparse.ArgumentParser, usual: int, short: int) -> None:

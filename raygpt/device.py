@@ -226,6 +226,16 @@ class Timer:
         return 1000 * (self._times[1] - self._times[0])
 
 
+def put(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on the device; nothing is waited for.
+
+    A plain copy to a GPU would wait until the GPU had done all that it was given before.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def wait(device: torch.device) -> None:
     """Until a device has done what it was given; a CPU has."""
     if device.type == "cuda":

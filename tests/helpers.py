@@ -24,12 +24,18 @@ _CONTEXT.set_forkserver_preload(["torch", "raygpt.train.step", "raygpt.train.sav
 
 
 def _worker(
-    rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple, queue: Any
+    rank: int,
+    world_size: int,
+    port: int,
+    backend: str,
+    function: Callable[..., Any],
+    args: tuple,
+    queue: Any,
 ) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    dist.init_process_group(backend, rank=rank, world_size=world_size)
     try:
         queue.put((rank, function(*args), ""))
         dist.barrier()
@@ -39,12 +45,16 @@ def _worker(
         dist.destroy_process_group()
 
 
-def on_workers(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What ``function(*args)`` returns on each of W processes that form a gloo group."""
+def on_workers(
+    world_size: int, function: Callable[..., Any], *args: Any, backend: str = "gloo"
+) -> list[Any]:
+    """What ``function(*args)`` returns on each of W processes that form a group."""
     queue = _CONTEXT.Queue()
     port = free_port()
     processes = [
-        _CONTEXT.Process(target=_worker, args=(rank, world_size, port, function, args, queue))
+        _CONTEXT.Process(
+            target=_worker, args=(rank, world_size, port, backend, function, args, queue)
+        )
         for rank in range(world_size)
     ]
     for process in processes:

@@ -24,8 +24,8 @@ from raygpt.train.profile import Part
 from raygpt.train.reduce import GradientSum, ReducePlan, reduce_plan
 
 Forward = Callable[[Tensor, Tensor], Tensor]
-_Shared = tuple[list[float], tuple[str, ...], tuple[int, ...], tuple[int, ...]]
-"""Losses and hashes by lane, votes, and microseconds of a lane by rank."""
+_Told = tuple[list[float], tuple[str, ...], tuple[int, ...], tuple[int, ...], float]
+"""Losses and hashes by lane, votes, microseconds of a lane by rank, and the norm."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,16 @@ class Stepper:
                 self._gradients.add_lane(lane)
         self._timer.stop()
         with self._part("exchange"):
-            report = self._share(plan, batch, losses, votes)
+            report, work = self._share(plan, batch, losses, votes)
             self._gradients.finish()
-            lane_losses, hashes, counted, lane_us = report()
-        loss = math.fsum(lane_losses) / self._lanes
+            work.wait()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         with self._part("update"):
             self._norm = torch.nn.utils.get_total_norm(gradients)
-            norm = self._norm.item()
+            # The step waits for the device here, once.
+            told = torch.cat([report, _as_integers(self._norm[None])]).cpu()
+        lane_losses, hashes, counted, lane_us, norm = self._read(told, len(votes))
+        loss = math.fsum(lane_losses) / self._lanes
         own_ms = self._timer.ms() - self._gradients.exchange_ms
         self._lane_us = round(1000 * own_ms / len(plan.lanes))
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
@@ -146,14 +148,14 @@ class Stepper:
     def _micro_batches(self, windows: np.ndarray) -> list[tuple[Tensor, Tensor]]:
         """Inputs and targets, (micro, T) each, of a lane's windows (g, T + 1); the last may be
         smaller."""
-        tokens = torch.from_numpy(windows.astype(np.int64)).to(self._device)
+        tokens = devices.put(torch.from_numpy(windows.astype(np.int64)), self._device)
         return [(micro[:, :-1], micro[:, 1:]) for micro in tokens.split(self._micro)]
 
     def _share(
         self, plan: ReducePlan, batch: StepWindows, losses: Tensor, votes: Sequence[int]
-    ) -> Callable[[], _Shared]:
+    ) -> tuple[Tensor, dist.Work]:
         """Start to share all lanes' losses and hashes, the votes, and what a lane took each
-        worker in the step before; call the result for them.
+        worker in the step before; :meth:`_read` takes them apart.
 
         One sum of integers: each lane has one owner, so everyone else adds zero bits.  It runs
         beside the exchange of the gradient, where it takes no time of its own.
@@ -165,23 +167,23 @@ class Stepper:
             digest = bytes.fromhex(lane_hash(batch.lanes[lane]))
             hashes[lane] = int.from_bytes(digest, "little", signed=True)
         counts = torch.tensor([*votes, *times], dtype=torch.int64)
-        mine = torch.cat([hashes, counts]).to(self._device)
-        report = torch.cat([losses.view(torch.int64), mine])
-        work = dist.all_reduce(report, async_op=True)
+        mine = devices.put(torch.cat([hashes, counts]), self._device)
+        report = torch.cat([_as_integers(losses), mine])
+        return report, dist.all_reduce(report, async_op=True)
 
-        def shared() -> _Shared:
-            work.wait()
-            lane_losses, digests, counted, lane_us = report.cpu().split(
-                [self._lanes, self._lanes, len(votes), len(times)]
-            )
-            return (
-                lane_losses.view(torch.float64).tolist(),
-                tuple(d.to_bytes(8, "little", signed=True).hex() for d in digests.tolist()),
-                tuple(counted.tolist()),
-                tuple(lane_us.tolist()),
-            )
-
-        return shared
+    def _read(self, told: Tensor, votes: int) -> _Told:
+        """What the workers shared, and behind it the norm."""
+        workers = len(told) - 2 * self._lanes - votes - 1
+        losses, digests, counted, lane_us, norm = told.split(
+            [self._lanes, self._lanes, votes, workers, 1]
+        )
+        return (
+            losses.view(torch.float64).tolist(),
+            tuple(d.to_bytes(8, "little", signed=True).hex() for d in digests.tolist()),
+            tuple(counted.tolist()),
+            tuple(lane_us.tolist()),
+            norm.view(torch.float64).item(),
+        )
 
     def _seed_dropout(self, step: int, lane: int) -> None:
         """As ``torch.manual_seed``, which on a CPU takes 0.4 ms to ask for accelerators."""
@@ -222,6 +224,11 @@ def accumulate(
             (loss * (share * weight)).backward()
         total += loss.detach().double() * share
     return total
+
+
+def _as_integers(values: Tensor) -> Tensor:
+    """The bits of floating-point numbers (n,), as fp64, in int64 (n,)."""
+    return values.double().view(torch.int64)
 
 
 def _dropout_seed(seed: int, step: int, lane: int) -> int:

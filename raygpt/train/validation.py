@@ -80,7 +80,7 @@ class Validation:
         sums[-1] = self._bytes  # whole numbers, whose sum is exact
         model.eval()
         for block, windows in self._mine.items():
-            tokens = torch.from_numpy(windows.astype(np.int64)).to(device)
+            tokens = devices.put(torch.from_numpy(windows.astype(np.int64)), device)
             with devices.autocast(device, dtype):
                 mean = model(tokens[:, :-1], tokens[:, 1:])
             sums[block] = mean.double() * len(windows)

@@ -1,5 +1,5 @@
-"""Every fault strikes one run; the model that comes out is that of a quiet run on one machine, bit
-for bit."""
+"""Faults strike one run; the model that comes out is that of a quiet run on one machine, bit for
+bit.  This is the short form; ``python -m benchmarks.chaos`` has all faults, at random."""
 
 from pathlib import Path
 
@@ -17,17 +17,26 @@ TOKENS = 4096
 NODES = 3
 APART = 20
 """Steps between two events, at least."""
-ALL_DIE = ("driver", "head")
-"""After these, steps since the last checkpoint are computed again; after others, none."""
-ORDER = ("rank 0", "node", "stop", "drain", "add", "worker", "partition", "driver", "head")
-"""Each kind once; so that there are always nodes to lose, and none need be replaced."""
+ALL_DIE = "head"
+"""After it, steps since the last checkpoint are computed again; after others, none."""
+ORDER = ("rank 0", "partition", "node", "head")
+"""So that there are always nodes to lose, and none need be replaced."""
+ELSEWHERE = {
+    "worker": "a node takes its worker with it",
+    "drain": "test_recovery.py",
+    "stop": "test_recovery.py, which sends the same signal",
+    "interrupt": "test_recovery.py",
+    "add": "test_autoscaling.py",
+    "driver": "test_run.py",
+}
+"""Where the others are tried, each alone."""
 
 
 @pytest.mark.xdist_group("ray")
 @pytest.mark.timeout(1500)  # a busy machine may take long; a recovery has its own limit
-def test_a_run_that_meets_every_fault(tmp_path: Path) -> None:
-    """It loses processes, machines, its driver and its cluster, and nobody can tell."""
-    assert set(ORDER) == set(FAULTS) - {"interrupt"}, "a kind of fault is not tried"
+def test_a_run_that_meets_faults(tmp_path: Path) -> None:
+    """It loses processes, machines and its cluster, and nobody can tell."""
+    assert {*ORDER, *ELSEWHERE} == set(FAULTS), "a kind of fault is not tried"
     Trial.prepare(tmp_path, TOKENS)
     with Cluster(NODES) as cluster:
         kinds = [kind for kind in ORDER if kind != "partition" or cluster.can_be_cut]
@@ -48,7 +57,7 @@ def test_a_run_that_meets_every_fault(tmp_path: Path) -> None:
     status, output = checks.audit(disturbed)
     assert status == 0, output
     for outcome, redone in zip(outcomes, checks.redone(disturbed, outcomes), strict=True):
-        assert not redone or outcome.kind in ALL_DIE, f"{outcome.kind} cost {redone} steps"
+        assert not redone or outcome.kind == ALL_DIE, f"{outcome.kind} cost {redone} steps"
         print(
             f"{outcome.kind:10s} step {outcome.step:5d}: {outcome.seconds:5.1f} s, "
             f"{redone} steps redone, {outcome.size} -> {outcome.next_size} workers"

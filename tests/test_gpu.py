@@ -1,0 +1,233 @@
+"""What only a GPU can show; without one nothing here runs."""
+
+import gzip
+import json
+import re
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from head import Head
+from helpers import OPTIMIZER_FILE, WEIGHTS_FILE, on_workers
+from test_step import LANES, LR, SEED, SEGMENTS, windows
+from troubled import EVERY, SETTINGS, Run, finish, wait_for
+
+from raygpt import device as devices
+from raygpt.config import ModelConfig, OptimConfig
+from raygpt.data.stream import StepWindows
+from raygpt.loss import linear_cross_entropy
+from raygpt.model import GPT
+from raygpt.optim import build_optimizer
+from raygpt.storage import Folder
+from raygpt.train import reduce
+from raygpt.train.checkpoints import Position, checkpoint_name
+from raygpt.train.profile import PARTS, Profiler
+from raygpt.train.saver import Saver
+from raygpt.train.state import save
+from raygpt.train.step import Stepper
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU"),
+    pytest.mark.xdist_group("gpu"),
+]
+GPU = torch.device("cuda", 0)
+MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=16, vocab_size=128, dropout=0.1)
+MODERN = replace(
+    MODEL, positions="rotary", norm="rms", qk_norm=True, activation="relu2", bias=False
+)
+STEPS = range(SEGMENTS.start, SEGMENTS.stop)
+
+
+class Worker:
+    """One worker with a small model in bf16."""
+
+    def __init__(
+        self,
+        modern: bool = False,
+        twice: bool = False,
+        compiled: bool = False,
+        profiler: Profiler | None = None,
+    ) -> None:
+        torch.cuda.set_device(GPU)
+        devices.set_up(GPU, threads=1, exact=True)
+        torch.manual_seed(SEED)
+        self.model = GPT(MODERN if modern else MODEL, 65).to(GPU)
+        self.optimizer = build_optimizer(
+            self.model, OptimConfig(matrices="muon" if modern else "adamw")
+        )
+        if twice:
+            self.model.checkpoint_activations()
+        if compiled:
+            self.model.compile_blocks()
+        self.stepper = Stepper(
+            self.model, reduce.data_parallel(self.model), self.optimizer, lanes=LANES, micro=2,
+            grad_clip=0.5, device=GPU, dtype=torch.bfloat16, seed=SEED,
+            **({} if profiler is None else {"part": profiler.part}),
+        )  # fmt: skip
+
+    def gradient(self, step: int) -> Any:
+        lanes = {lane: windows(step, lane) for lane in range(LANES)}
+        segment = SEGMENTS.of_step(step)
+        return self.stepper.gradient(StepWindows(step, segment, lanes), (0,) * LANES)
+
+    def train(self, step: int) -> tuple[float, float]:
+        result = self.gradient(step)
+        self.stepper.update(result, LR)
+        return result.loss, result.grad_norm
+
+    def weights(self) -> list[bytes]:
+        return [p.detach().cpu().numpy().tobytes() for p in self.model.parameters()]
+
+
+def train(
+    modern: bool = False, twice: bool = False, compiled: bool = False
+) -> tuple[list[tuple[float, float]], list[bytes]]:
+    worker = Worker(modern, twice, compiled)
+    return [worker.train(step) for step in STEPS], worker.weights()
+
+
+def on_gpu(function: Any, *args: Any) -> Any:
+    """What a function returns in a process of its own, alone in its group."""
+    return on_workers(1, function, *args, backend="nccl")[0]
+
+
+@pytest.mark.parametrize("modern", [False, True], ids=["gpt2", "modern"])
+def test_exact_steps_have_the_same_bits_again(modern: bool) -> None:
+    """Also where layers are computed twice, with the same dropout."""
+    losses, weights = on_gpu(train, modern)
+    assert on_gpu(train, modern) == (losses, weights)
+    assert on_gpu(train, modern, True) == (losses, weights)
+
+
+def test_compiled_layers_train_the_same_model_but_for_rounding() -> None:
+    plain, compiled = on_gpu(train), on_gpu(train, False, False, True)
+    for (loss, norm), (other, other_norm) in zip(plain[0], compiled[0], strict=True):
+        # dropout draws other numbers in compiled kernels
+        assert loss == pytest.approx(other, rel=0.05)
+        assert norm == pytest.approx(other_norm, rel=0.5)
+
+
+def count_waits() -> list[int]:
+    """Of some steps, how often they waited for the device."""
+    worker, counts = Worker(), []
+    worker.train(STEPS[0])
+    worker.train(STEPS[1])
+    torch.cuda.set_sync_debug_mode("warn")
+    for step in STEPS[2:]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            worker.train(step)
+        counts.append(sum("synchronizing" in str(warning.message) for warning in caught))
+    torch.cuda.set_sync_debug_mode("default")
+    return counts
+
+
+def test_a_step_waits_for_the_device_once() -> None:
+    assert set(on_gpu(count_waits)) == {1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_bytes", [2**12, 2**29])
+def test_the_loss_is_that_of_full_logits(
+    dtype: torch.dtype, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raygpt.loss.CHUNK_BYTES", {"cuda": chunk_bytes})
+    generator = torch.Generator(GPU).manual_seed(1)
+    x = torch.randn(40, 64, device=GPU, generator=generator, requires_grad=True)
+    head = torch.randn(104, 64, device=GPU, generator=generator).mul_(0.1).requires_grad_()
+    targets = torch.randint(0, 100, (40,), device=GPU, generator=generator)
+    with devices.autocast(GPU, dtype):
+        loss = linear_cross_entropy(x, head, targets, 100)
+    loss.backward()
+    ours = [loss.detach(), x.grad, head.grad]
+    x.grad = head.grad = None
+    logits = (x.double() @ head.double().t())[:, :100]
+    full = F.cross_entropy(logits, targets)
+    full.backward()
+    near = 1e-2 if dtype == torch.bfloat16 else 2e-3  # TF32 may multiply fp32
+    for mine, exact in zip(ours, [full.detach(), x.grad, head.grad], strict=True):
+        assert mine is not None and exact is not None
+        error = (mine.double() - exact).norm() / exact.norm()
+        assert error.item() < near
+
+
+def checkpoint_beside_training(path: Path) -> None:
+    """A checkpoint that is written while the weights change, and the same state saved at rest."""
+    worker, run = Worker(), Folder.from_path(str(path))
+    for step in STEPS[:2]:
+        worker.train(step)
+    saver = Saver(run, {}, None, GPU, 30.0, print, lambda *_: None)
+    position = Position(step=2)
+    save(run.child("rest"), position, worker.model, worker.optimizer, {})
+    saver.begin(position, worker.model, worker.optimizer)
+    for step in STEPS[2:]:
+        result = worker.gradient(step)
+        saver.wait_for_copy()
+        worker.stepper.update(result, LR)
+    saver.wait()
+    save(run.child("later"), position, worker.model, worker.optimizer, {})
+
+
+def test_a_checkpoint_beside_training_is_that_of_its_step(tmp_path: Path) -> None:
+    on_gpu(checkpoint_beside_training, tmp_path)
+    name = checkpoint_name(2)
+    for file in (WEIGHTS_FILE, OPTIMIZER_FILE):
+        rest = (tmp_path / "rest" / name / file).read_bytes()
+        assert (tmp_path / name / file).read_bytes() == rest
+        assert (tmp_path / "later" / name / file).read_bytes() != rest
+
+
+def profiled(path: Path) -> list[float]:
+    """Seconds of the steps that were profiled."""
+    profiler = Profiler(f"{STEPS[2]}:{STEPS[4]}", GPU, Folder.from_path(str(path)), 0.0)
+    worker, seconds = Worker(profiler=profiler), []
+    for step in STEPS:
+        began = time.perf_counter()
+        with profiler.step(step):
+            with profiler.part("data"):
+                pass
+            result = worker.gradient(step)
+            with profiler.part("update"):
+                worker.stepper.update(result, LR)
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def test_a_profile_shows_kernels_and_its_parts_make_the_step(tmp_path: Path) -> None:
+    on_gpu(profiled, tmp_path)
+    (trace,) = (tmp_path / "profile").glob("*.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert any(event.get("cat") == "kernel" for event in events)
+    (table,) = (tmp_path / "profile").glob("*.md")
+    rows = dict(re.findall(r"\| (\w+) \| ([\d.]+) \(", table.read_text()))
+    parts = {part: float(rows[part]) for part in PARTS}
+    assert all(parts[part] > 0 for part in PARTS)
+    assert sum(parts.values()) + float(rows["rest"]) == pytest.approx(float(rows["step"]), abs=0.05)
+    assert float(rows["rest"]) >= 0
+
+
+def test_a_killed_worker_costs_no_bit(head: Head, tmp_path: Path) -> None:
+    """A real job on the GPU, with NCCL, bf16 and dropout."""
+    settings = tmp_path / "run.yaml"
+    text = SETTINGS.replace("STORAGE", str(tmp_path)).replace("CORPUS", "embedded")
+    text = text.replace("{workers: 2, gpus_per_worker: 0}", "{workers: 1, gpus_per_worker: 1}")
+    settings.write_text(text.replace("precision: fp32", "precision: auto, exact: true"))
+    quiet, killed = (Run(head, settings, str(tmp_path), name) for name in ("quiet", "killed"))
+    finish(quiet.start())
+    process = killed.start()
+    wait_for(process, lambda: len(killed.rows()) > EVERY + EVERY // 2)
+    for worker in head.nodes[0].workers():
+        worker.kill()
+    finish(process)
+    assert killed.result() == quiet.result()
+    starts = killed.events("start")
+    assert len(starts) == 2
+    name = torch.cuda.get_device_name(GPU)
+    assert all(name in event["text"] and "bfloat16" in event["text"] for event in starts)
+    if devices.peak_flops_of(name, torch.bfloat16) is not None:
+        assert all(0 < row["mfu"] < 1 for row in quiet.rows())
