@@ -3,7 +3,8 @@
 The logits of N tokens over V words are the largest thing of a small model.  They are made in
 chunks, turned into probabilities, and these at once into gradients; the backward pass only scales
 what is there (as in Hsu et al. 2024, "Liger Kernel", section 3.2).  Beside the three matrix
-products and the softmax, a chunk is read twice, for its largest logits and probabilities.
+products and the softmax, a chunk in fp32 is read twice, for its largest logits and probabilities;
+one in bf16 is widened by the softmax and narrowed once.
 
 What it gives up: gradients of gradients.
 """
@@ -70,26 +71,49 @@ def _losses(
         rows = math.ceil(len(x) / math.ceil(4 * len(x) * len(weight) / CHUNK_BYTES[kind]))
         # Kept from chunk to chunk: fresh pages would cost as much as the softmax.
         all_logits = x.new_empty(rows, len(weight))
-        all_p = all_logits  # in their place, if they are of its type
+        all_wide = x.new_empty(0, dtype=torch.float32)
         if dtype != torch.float32:
-            all_p = x.new_empty(rows, len(weight), dtype=torch.float32)
+            all_wide = all_wide.new_empty(rows, len(weight))
         losses = x.new_empty(len(x), dtype=torch.float32)
         for first in range(0, len(x), rows):
             here = slice(first, first + rows)
             part, right = x[here], targets[here, None]
-            logits, p = all_logits[: len(part)], all_p[: len(part)]
+            logits = all_logits[: len(part)]
             torch.mm(part, head.t(), out=logits)
             logits[:, n_vocab:] = -math.inf
-            top, chosen = logits.amax(dim=1), logits.gather(1, right)[:, 0]
-            torch.softmax(logits, dim=1, dtype=torch.float32, out=p)
-            # At the top, p is one over the sum of exp(logits - top).
-            losses[here] = top.float() - chosen.float() - p.amax(dim=1).log()
+            losses[here] = _to_errors(logits, right, all_wide[: len(part)])
             if grad_x is not None and grad_weight is not None:
-                p.scatter_(1, right, p.gather(1, right) - 1)
-                errors = p.to(dtype)
-                grad_x[here] = errors @ head
-                if dtype == grad_weight.dtype:
-                    grad_weight.addmm_(errors.t(), part)
-                else:
-                    grad_weight += errors.t() @ part
+                grad_x[here] = logits @ head
+                _add_product(grad_weight, logits.t(), part)
         return losses
+
+
+def _to_errors(logits: Tensor, right: Tensor, wide: Tensor) -> Tensor:
+    """The losses of a chunk, (n,) fp32; its logits (n, V) become the gradient of their sum.
+
+    Args:
+        right: the tokens that are right, (n, 1) int64.
+        wide: room for the logits in fp32, where they are of another type.
+    """
+    if logits.dtype == torch.float32:
+        top, chosen = logits.amax(dim=1), logits.gather(1, right)[:, 0]
+        torch.softmax(logits, dim=1, out=logits)
+        # At the top, p is one over the sum of exp(logits - top).
+        losses = top - chosen - logits.amax(dim=1).log()
+        logits.scatter_(1, right, logits.gather(1, right) - 1)
+        return losses
+    torch.log_softmax(logits, dim=1, dtype=torch.float32, out=wide)
+    log_p = wide.gather(1, right)
+    torch.exp(wide, out=logits)
+    logits.scatter_(1, right, log_p.expm1().to(logits.dtype))
+    return -log_p[:, 0]
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a product of matrices, which may be of a narrower type, in place."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
