@@ -63,10 +63,10 @@ CASES = {
         "bytes", ModelConfig(6, 6, 384, 256, 320), 1, 2, 8, 8, 40, 10
     ),
 }
-_GPT2 = Case("gpt2", ModelConfig(12, 12, 768, 1024, 50304), 1, 1, 64, 16, 40, 10, 4, gpu=True)
+_GPT2 = Case("gpt2", ModelConfig(12, 12, 768, 1024, 50304), 1, 1, 64, 16, 30, 10, 4, gpu=True)
 GPU_CASES = {
     "GPT-2 124M, one GPU": _GPT2,
-    "GPT-2 124M, one GPU, compiled": replace(_GPT2, compile=True, steps=50, warm_up=20),
+    "GPT-2 124M, one GPU, compiled": replace(_GPT2, compile=True, steps=40),
 }
 
 

@@ -218,7 +218,7 @@ class TrainConfig:
     precision: Precision = "auto"
     """auto: bf16 autocast where the hardware has it, else fp32."""
     compile: bool = False
-    """torch.compile the layers of the model."""
+    """torch.compile the layers of the model, and on a GPU the loss."""
     activation_checkpointing: bool = False
     """Keep only what goes into each layer, and compute the rest again for the gradient: less
     memory, more time, the same numbers."""

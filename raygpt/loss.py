@@ -4,24 +4,57 @@ The logits of N tokens over V words are the largest thing of a small model.  The
 chunks, turned into probabilities, and these at once into gradients; the backward pass only scales
 what is there (as in Hsu et al. 2024, "Liger Kernel", section 3.2).  Beside the three matrix
 products and the softmax, a chunk in fp32 is read twice, for its largest logits and probabilities;
-one in bf16 is widened by the softmax and narrowed once.
+one in bf16 has a second softmax, since losses need fp32.  Compiled, a chunk is read twice in all.
 
 What it gives up: gradients of gradients.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}
-"""Of fp32 logits at a time.  A GPU's products want more rows, and each chunk costs a pass over the
-head's gradient; not measured there."""
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
+"""Of fp32 logits at a time.  A GPU's products want more rows."""
+ToErrors = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
+def to_errors(logits: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses of a chunk, (n,) fp32, and the gradient of their sum, (n, V).
+
+    Args:
+        logits: (n, V); overwritten, where that saves a matrix.
+        right: the tokens that are right, (n, 1) int64.
+    """
+    if logits.dtype == torch.float32:
+        top, chosen = logits.amax(dim=1), logits.gather(1, right)[:, 0]
+        p = torch.softmax(logits, dim=1, out=logits)
+        # At the top, p is one over the sum of exp(logits - top).
+        losses = top - chosen - p.amax(dim=1).log()
+        return losses, p.scatter_(1, right, p.gather(1, right) - 1)
+    log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32).gather(1, right)
+    p = torch.softmax(logits, dim=1)
+    return -log_p[:, 0], p.scatter_(1, right, log_p.expm1().to(p.dtype))
+
+
+def to_errors_for_compiler(logits: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`to_errors`, to be compiled: one pass for the sums and one for the gradient."""
+    log_p = torch.log_softmax(logits.float(), dim=1)
+    tokens = torch.arange(logits.shape[1], device=logits.device)
+    errors = log_p.exp() - (tokens == right).float()
+    return -log_p.gather(1, right)[:, 0], logits.copy_(errors)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    n_vocab: int,
+    to_errors: ToErrors = to_errors,
+) -> Tensor:
     """Mean cross entropy of ``softmax(x @ weight[:n_vocab].T)`` in nats a token, an fp32 scalar.
 
     Matrix products run in autocast's type where that is on, everything else in fp32.
@@ -30,28 +63,31 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, n_vocab: in
         x: hidden states, (N, C).
         weight: of the head, (V, C); rows from ``n_vocab`` on are padding, whose gradient is zero.
         targets: the token that is right for each, (N,) int64.
+        to_errors: of a chunk; :func:`to_errors_for_compiler`, compiled, takes its place.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, n_vocab)
+        loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, n_vocab, to_errors)
         return loss
-    return _losses(x, weight, targets, n_vocab).mean()
+    return _losses(x, weight, targets, n_vocab, to_errors).mean()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int, to_errors: ToErrors
+    ) -> Tensor:
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        losses = _losses(x, weight, targets, n_vocab, grad_x, grad_weight)
+        losses = _losses(x, weight, targets, n_vocab, to_errors, grad_x, grad_weight)
         ctx.gradients = grad_x, grad_weight
         return losses.mean()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_x, grad_weight = ctx.gradients
         del ctx.gradients  # scaled in place, so a second pass would be wrong
         scale = grad / len(grad_x)
-        return grad_x.mul_(scale), grad_weight.mul_(scale), None, None
+        return grad_x.mul_(scale), grad_weight.mul_(scale), None, None, None
 
 
 @torch.no_grad()
@@ -60,6 +96,7 @@ def _losses(
     weight: Tensor,
     targets: Tensor,
     n_vocab: int,
+    to_errors: ToErrors,
     grad_x: Tensor | None = None,
     grad_weight: Tensor | None = None,
 ) -> Tensor:
@@ -68,12 +105,9 @@ def _losses(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):
         head, x = weight.to(dtype), x.to(dtype)
-        rows = math.ceil(len(x) / math.ceil(4 * len(x) * len(weight) / CHUNK_BYTES[kind]))
+        rows = _chunk_rows(len(x), 4 * len(weight), CHUNK_BYTES[kind])
         # Kept from chunk to chunk: fresh pages would cost as much as the softmax.
         all_logits = x.new_empty(rows, len(weight))
-        all_wide = x.new_empty(0, dtype=torch.float32)
-        if dtype != torch.float32:
-            all_wide = all_wide.new_empty(rows, len(weight))
         losses = x.new_empty(len(x), dtype=torch.float32)
         for first in range(0, len(x), rows):
             here = slice(first, first + rows)
@@ -81,32 +115,18 @@ def _losses(
             logits = all_logits[: len(part)]
             torch.mm(part, head.t(), out=logits)
             logits[:, n_vocab:] = -math.inf
-            losses[here] = _to_errors(logits, right, all_wide[: len(part)])
+            losses[here], errors = to_errors(logits, right)
             if grad_x is not None and grad_weight is not None:
-                grad_x[here] = logits @ head
-                _add_product(grad_weight, logits.t(), part)
+                grad_x[here] = errors @ head
+                _add_product(grad_weight, errors.t(), part)
         return losses
 
 
-def _to_errors(logits: Tensor, right: Tensor, wide: Tensor) -> Tensor:
-    """The losses of a chunk, (n,) fp32; its logits (n, V) become the gradient of their sum.
-
-    Args:
-        right: the tokens that are right, (n, 1) int64.
-        wide: room for the logits in fp32, where they are of another type.
-    """
-    if logits.dtype == torch.float32:
-        top, chosen = logits.amax(dim=1), logits.gather(1, right)[:, 0]
-        torch.softmax(logits, dim=1, out=logits)
-        # At the top, p is one over the sum of exp(logits - top).
-        losses = top - chosen - logits.amax(dim=1).log()
-        logits.scatter_(1, right, logits.gather(1, right) - 1)
-        return losses
-    torch.log_softmax(logits, dim=1, dtype=torch.float32, out=wide)
-    log_p = wide.gather(1, right)
-    torch.exp(wide, out=logits)
-    logits.scatter_(1, right, log_p.expm1().to(logits.dtype))
-    return -log_p[:, 0]
+def _chunk_rows(tokens: int, row_bytes: int, chunk_bytes: int) -> int:
+    """Tokens of a chunk: all have the same number, if one at most twice as small allows it."""
+    least = math.ceil(tokens * row_bytes / chunk_bytes)
+    even = (n for n in range(least, min(2 * least, tokens) + 1) if tokens % n == 0)
+    return math.ceil(tokens / next(even, least))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

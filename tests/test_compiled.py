@@ -29,7 +29,7 @@ layers = CompiledLayers(Folder.from_path(sys.argv[1]), torch.device("cpu"), prin
 layers.fetch()
 torch.manual_seed(1)
 model = GPT(ModelConfig(1, 2, 32, 16, 64))
-model.compile_blocks()
+model.compile_parts()
 tokens = torch.arange(34).view(2, 17)
 loss = model(tokens[:, :-1], tokens[:, 1:])
 loss.backward()

@@ -3,29 +3,34 @@
 import gzip
 import json
 import re
+import subprocess
+import sys
 import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from head import Head
-from helpers import OPTIMIZER_FILE, WEIGHTS_FILE, on_workers
+from head import ROOT
+from helpers import OPTIMIZER_FILE, TRAINED, WEIGHTS_FILE, on_workers
 from test_step import LANES, LR, SEED, SEGMENTS, windows
-from troubled import EVERY, SETTINGS, Run, finish, wait_for
+from troubled import EVERY, SETTINGS, finish, wait_for
+from troubled import STEPS as JOB_STEPS
 
 from raygpt import device as devices
 from raygpt.config import ModelConfig, OptimConfig
 from raygpt.data.stream import StepWindows
-from raygpt.loss import linear_cross_entropy
+from raygpt.loss import ToErrors, linear_cross_entropy, to_errors, to_errors_for_compiler
 from raygpt.model import GPT
 from raygpt.optim import build_optimizer
+from raygpt.runs.files import EVENTS, METRICS, read_json_lines
 from raygpt.storage import Folder
 from raygpt.train import reduce
-from raygpt.train.checkpoints import Position, checkpoint_name
+from raygpt.train.checkpoints import Position, checkpoint_name, latest
 from raygpt.train.profile import PARTS, Profiler
 from raygpt.train.saver import Saver
 from raygpt.train.state import save
@@ -63,7 +68,7 @@ class Worker:
         if twice:
             self.model.checkpoint_activations()
         if compiled:
-            self.model.compile_blocks()
+            self.model.compile_parts()
         self.stepper = Stepper(
             self.model, reduce.data_parallel(self.model), self.optimizer, lanes=LANES, micro=2,
             grad_clip=0.5, device=GPU, dtype=torch.bfloat16, seed=SEED,
@@ -133,8 +138,9 @@ def test_a_step_waits_for_the_device_once() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk_bytes", [2**12, 2**29])
+@pytest.mark.parametrize("kernel", [to_errors, torch.compile(to_errors_for_compiler)])
 def test_the_loss_is_that_of_full_logits(
-    dtype: torch.dtype, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, chunk_bytes: int, kernel: ToErrors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("raygpt.loss.CHUNK_BYTES", {"cuda": chunk_bytes})
     generator = torch.Generator(GPU).manual_seed(1)
@@ -142,7 +148,7 @@ def test_the_loss_is_that_of_full_logits(
     head = torch.randn(104, 64, device=GPU, generator=generator).mul_(0.1).requires_grad_()
     targets = torch.randint(0, 100, (40,), device=GPU, generator=generator)
     with devices.autocast(GPU, dtype):
-        loss = linear_cross_entropy(x, head, targets, 100)
+        loss = linear_cross_entropy(x, head, targets, 100, kernel)
     loss.backward()
     ours = [loss.detach(), x.grad, head.grad]
     x.grad = head.grad = None
@@ -211,23 +217,39 @@ def test_a_profile_shows_kernels_and_its_parts_make_the_step(tmp_path: Path) -> 
     assert float(rows["rest"]) >= 0
 
 
-def test_a_killed_worker_costs_no_bit(head: Head, tmp_path: Path) -> None:
-    """A real job on the GPU, with NCCL, bf16 and dropout."""
-    settings = tmp_path / "run.yaml"
-    text = SETTINGS.replace("STORAGE", str(tmp_path)).replace("CORPUS", "embedded")
+def start(storage: Path, name: str) -> "subprocess.Popen[str]":
+    """A real job on a Ray of its own."""
+    settings = storage / "run.yaml"
+    text = SETTINGS.replace("STORAGE", str(storage)).replace("CORPUS", "embedded")
     text = text.replace("{workers: 2, gpus_per_worker: 0}", "{workers: 1, gpus_per_worker: 1}")
     settings.write_text(text.replace("precision: fp32", "precision: auto, exact: true"))
-    quiet, killed = (Run(head, settings, str(tmp_path), name) for name in ("quiet", "killed"))
-    finish(quiet.start())
-    process = killed.start()
-    wait_for(process, lambda: len(killed.rows()) > EVERY + EVERY // 2)
-    for worker in head.nodes[0].workers():
-        worker.kill()
+    command = (sys.executable, "jobs/train.py", "--config", str(settings), "--run.name", name)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_a_killed_worker_costs_no_bit(tmp_path: Path) -> None:
+    """With NCCL, bf16 and dropout."""
+    finish(start(tmp_path, "quiet"))
+    process = start(tmp_path, "killed")
+    quiet, killed = (Folder.from_path(str(tmp_path)).child(name) for name in ("quiet", "killed"))
+    wait_for(process, lambda: len(read_json_lines(killed, METRICS)) > EVERY + EVERY // 2)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if child.name().startswith("ray::RayTrainWorker"):
+            child.kill()
     finish(process)
-    assert killed.result() == quiet.result()
-    starts = killed.events("start")
-    assert len(starts) == 2
-    name = torch.cuda.get_device_name(GPU)
-    assert all(name in event["text"] and "bfloat16" in event["text"] for event in starts)
-    if devices.peak_flops_of(name, torch.bfloat16) is not None:
-        assert all(0 < row["mfu"] < 1 for row in quiet.rows())
+    results = []
+    for run, attempts in ((quiet, 1), (killed, 2)):
+        found = latest(run)
+        assert found is not None and found.position.step == JOB_STEPS
+        starts = [event for event in read_json_lines(run, EVENTS) if event["kind"] == "start"]
+        assert len(starts) == attempts
+        name = torch.cuda.get_device_name(GPU)
+        assert all(name in event["text"] and "bfloat16" in event["text"] for event in starts)
+        rows = read_json_lines(run, METRICS)
+        if devices.peak_flops_of(name, torch.bfloat16) is not None:
+            assert all(0 < row["mfu"] < 1 for row in rows)
+        trained = [{key: row.get(key) for key in TRAINED} for row in rows]
+        results.append((found.weights_sha256, trained))
+    assert results[0] == results[1]

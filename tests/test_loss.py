@@ -1,12 +1,20 @@
 """Head and cross entropy in one: the numbers of torch's own, in any number of chunks."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from raygpt import loss as loss_module
-from raygpt.loss import linear_cross_entropy
+from raygpt.loss import (
+    ToErrors,
+    _chunk_rows,
+    linear_cross_entropy,
+    to_errors,
+    to_errors_for_compiler,
+)
 
 N, C, V, N_VOCAB = 37, 16, 50, 47
 
@@ -29,13 +37,14 @@ def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
     return int(request.param)
 
 
+@pytest.mark.parametrize("kernel", [to_errors, to_errors_for_compiler])
 @pytest.mark.parametrize("scale", [1.0, 100.0], ids=["usual", "far apart"])
-def test_loss_and_gradients_are_those_of_torch(rows: int, scale: float) -> None:
+def test_loss_and_gradients_are_those_of_torch(rows: int, scale: float, kernel: ToErrors) -> None:
     """Also where probabilities of targets are below the smallest number of fp32."""
     results: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
     for function in (linear_cross_entropy, expected):
         x, weight, targets = inputs(scale=scale)
-        arguments = (N_VOCAB,) if function is linear_cross_entropy else ()
+        arguments = (N_VOCAB, kernel) if function is linear_cross_entropy else ()
         loss = function(x, weight, targets, *arguments)
         (3 * loss).backward()
         results.append((loss, x.grad, weight.grad))
@@ -59,12 +68,13 @@ def test_only_what_is_trained_gets_a_gradient() -> None:
     assert x.grad is None and weight.grad is not None
 
 
+@pytest.mark.parametrize("kernel", [to_errors, to_errors_for_compiler])
 @pytest.mark.parametrize("kind", ["autocast", "all bf16"])
-def test_bf16_products_and_an_fp32_loss(rows: int, kind: str) -> None:
+def test_bf16_products_and_an_fp32_loss(rows: int, kind: str, kernel: ToErrors) -> None:
     x, weight, targets = inputs(torch.bfloat16 if kind == "all bf16" else torch.float32)
     exact = expected(x.float(), weight.float(), targets)
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
-        loss = linear_cross_entropy(x, weight, targets, N_VOCAB)
+        loss = linear_cross_entropy(x, weight, targets, N_VOCAB, kernel)
     loss.backward()
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=1e-2)
     assert x.grad is not None and weight.grad is not None
@@ -92,3 +102,10 @@ def test_a_second_backward_pass_is_refused() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(Exception, match="gradients"):
         loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "least", "rows"), [(1024, 1, 1024), (1024, 7, 128), (37, 5, 8), (12, 12, 1)]
+)
+def test_chunks_are_of_one_size_where_that_costs_little(tokens: int, least: int, rows: int) -> None:
+    assert _chunk_rows(tokens, 100, math.ceil(100 * tokens / least)) == rows

@@ -104,7 +104,7 @@ class Worker:
             devices.check_compiler(self.device)
             self.compiled = CompiledLayers(job.run, self.device, listener.say)
             self.compiled.fetch()
-            self.model.compile_blocks()
+            self.model.compile_parts()
         self.ddp = data_parallel(self.model)
         patience = config.run.storage_patience
         self.profiler = Profiler(config.train.profile, self.device, job.run, patience)
