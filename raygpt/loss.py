@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}
 """Of fp32 logits at a time.  A GPU's products want more rows."""
 ToErrors = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
