@@ -3,13 +3,15 @@
     python -m benchmarks.step [--short] [--rounds 5] [--case NAME ...]
 
 Both sides are commands as a user starts them, in turns: ``jobs/train.py`` and ``torchrun`` with
-plain_ddp.py, with the same model, batch, threads and number of workers.  A side's speed is that
-from one step to the other, with all that lies between (data, logging), once it is warm.  Printed
-are medians over rounds and the quartiles of the ratio within a round.
+plain_ddp.py, with the same model, batch, threads and number of workers; and bare matrix products on
+as many cores.  A side's speed is that from one step to the other, with all that lies between (data,
+logging), once it is warm.  Printed are medians over rounds and the quartiles of the ratio within a
+round.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -22,11 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from benchmarks.products import product_rates
 from benchmarks.turns import Row, add_rounds, in_turns, machine, ratio, rounds
 from raygpt.config import ModelConfig
 from raygpt.data.prepare import prepare
 from raygpt.data.tokenizer import load_tokenizer
+from raygpt.device import describe, local_device, peak_flops_of
 from raygpt.sizes import flops_per_token
 
 ROOT = Path(__file__).parent.parent
@@ -112,6 +117,14 @@ class Sides:
         """Unix times at which steps ended."""
         return self.torchrun("plain_ddp.py")
 
+    def rates(self) -> list[float]:
+        """FLOP/s that each worker's device reaches, or should."""
+        case = self._case
+        if case.gpu:
+            peak = peak_flops_of(describe(local_device()), torch.bfloat16)
+            return [peak or math.nan] * case.workers
+        return product_rates(case.workers, case.threads)
+
     def torchrun(self, script: str) -> list[float]:
         """The times that a script of this folder wrote on all workers, which torchrun started."""
         return self.script(
@@ -153,17 +166,12 @@ def speed(case: Case, times: list[float]) -> float:
     return tokens * (len(warm) - 1) / (warm[-1] - warm[0])
 
 
-def share_of_machine(case: Case, metrics: list[dict[str, Any]]) -> float:
-    """Model FLOPs utilisation over the warm steps of a run."""
-    return statistics.median(row["mfu"] for row in metrics[case.warm_up :])
-
-
 def rows(asked: int, cases: Iterable[str] = CASES) -> Iterator[Row]:
     for name in cases:
         case = (CASES | GPU_CASES)[name]
         with tempfile.TemporaryDirectory() as folder:
             sides = Sides(case, Path(folder))
-            times = in_turns([sides.ours, sides.plain], asked)
+            *times, rates = in_turns([sides.ours, sides.plain, sides.rates], asked)
         speeds = [[speed(case, t) for t in side] for side in times]
         ours, plain = map(statistics.median, speeds)
         yield Row(
@@ -173,15 +181,14 @@ def rows(asked: int, cases: Iterable[str] = CASES) -> Iterator[Row]:
             f"{plain:,.0f} tokens/s",
             ratio(*speeds),
         )
-        shares = [share_of_machine(case, metrics) for metrics in sides.metrics]
         flops = [s * flops_per_token(case.model) / 1e9 for s in speeds[0]]
-        peaks = [f / share for f, share in zip(flops, shares, strict=True)]
+        reached = [sum(side) / 1e9 for side in rates]
         yield Row(
             f"share of the machine, {name}",
             f"{statistics.median(flops):.0f} GFLOP/s",
             "the GPU's data sheet" if case.gpu else "matrix products on the same cores",
-            f"{statistics.median(peaks):.0f} GFLOP/s",
-            ratio(flops, peaks),
+            f"{statistics.median(reached):.0f} GFLOP/s",
+            ratio(flops, reached),
         )
 
 
