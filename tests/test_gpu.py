@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import test_step
 import torch
 import torch.nn.functional as F
 from head import ROOT
@@ -22,7 +22,7 @@ from troubled import EVERY, SETTINGS, finish, wait_for
 from troubled import STEPS as JOB_STEPS
 
 from raygpt import device as devices
-from raygpt.config import ModelConfig, OptimConfig
+from raygpt.config import OptimConfig
 from raygpt.data.stream import StepWindows
 from raygpt.loss import linear_cross_entropy, to_errors, to_errors_for_compiler
 from raygpt.model import GPT
@@ -41,9 +41,8 @@ pytestmark = [
     pytest.mark.xdist_group("gpu"),
 ]
 GPU = torch.device("cuda", 0)
-MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=16, vocab_size=128, dropout=0.1)
-MODERN = replace(
-    MODEL, positions="rotary", norm="rms", qk_norm=True, activation="relu2", bias=False
+MODEL, MODERN = (
+    replace(model, n_embd=64, vocab_size=128) for model in (test_step.MODEL, test_step.MODERN)
 )
 STEPS = range(SEGMENTS.start, SEGMENTS.stop)
 
@@ -189,33 +188,28 @@ def test_a_checkpoint_beside_training_is_that_of_its_step(tmp_path: Path) -> Non
         assert (tmp_path / "later" / name / file).read_bytes() != rest
 
 
-def profiled(path: Path) -> list[float]:
-    """Seconds of the steps that were profiled."""
+def profiled(path: Path) -> None:
+    """Some steps, of which two are profiled."""
     profiler = Profiler(f"{STEPS[2]}:{STEPS[4]}", GPU, Folder.from_path(str(path)), 0.0)
-    worker, seconds = Worker(profiler=profiler), []
+    worker = Worker(profiler=profiler)
     for step in STEPS:
-        began = time.perf_counter()
         with profiler.step(step):
             with profiler.part("data"):
                 pass
             result = worker.gradient(step)
             with profiler.part("update"):
                 worker.stepper.update(result, LR)
-        seconds.append(time.perf_counter() - began)
-    return seconds
 
 
-def test_a_profile_shows_kernels_and_its_parts_make_the_step(tmp_path: Path) -> None:
+def test_a_profile_shows_kernels_and_parts_within_the_step(tmp_path: Path) -> None:
     on_gpu(profiled, tmp_path)
     (trace,) = (tmp_path / "profile").glob("*.json.gz")
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     assert any(event.get("cat") == "kernel" for event in events)
     (table,) = (tmp_path / "profile").glob("*.md")
     rows = dict(re.findall(r"\| (\w+) \| ([\d.]+) \(", table.read_text()))
-    parts = {part: float(rows[part]) for part in PARTS}
-    assert all(parts[part] > 0 for part in PARTS)
-    assert sum(parts.values()) + float(rows["rest"]) == pytest.approx(float(rows["step"]), abs=0.05)
-    assert float(rows["rest"]) >= 0
+    assert all(float(rows[part]) > 0 for part in PARTS)
+    assert float(rows["rest"]) >= 0, "what is left of the step"
 
 
 def start(storage: Path, name: str) -> "subprocess.Popen[str]":

@@ -18,13 +18,11 @@ NODES = 3
 APART = 20
 """Steps between two events, at least."""
 ALL_DIE = "head"
-"""After it, steps since the last checkpoint are computed again; after others, none."""
-ORDER = ("rank 0", "partition", "node", "head")
+"""After this, steps since the last checkpoint are computed again; after others, none."""
+ORDER = ("rank 0", "stop", "worker", "partition", "node", "head")
 """So that there are always nodes to lose, and none need be replaced."""
 ELSEWHERE = {
-    "worker": "a node takes its worker with it",
     "drain": "test_recovery.py",
-    "stop": "test_recovery.py, which sends the same signal",
     "interrupt": "test_recovery.py",
     "add": "test_autoscaling.py",
     "driver": "test_run.py",
