@@ -114,7 +114,8 @@ class Head:
         environment: dict[str, str] | None = None,
     ) -> None:
         self._cpus, self._options = cpus, options
-        self._node_environment = environment or {}
+        keep = {"RAY_idle_worker_killing_time_threshold_ms": "600000"}  # as in cluster.yaml
+        self._node_environment = keep | (environment or {})
         self.host = host or LocalHost()
         # Ray's sockets lie in it, and their paths must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="raygpt-"))

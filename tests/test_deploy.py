@@ -33,7 +33,7 @@ from raygpt.settings import load_settings
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
-HEALTH = re.compile(r"RAY_health_check_\w+")
+OF_NODES = re.compile(r"RAY_(health_check|idle_worker)_\w+")
 
 
 def schema(name: str) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def test_the_cluster_is_that_of_cluster_yaml(gcp: dict[str, Any], aws: dict[str,
     assert gcp.keys() == aws.keys()
     for key in gcp.keys() - differing:
         assert gcp[key] == aws[key], key
-    assert any(HEALTH.search(option) for option in gcp["docker"]["run_options"])
+    assert any(OF_NODES.search(option) for option in gcp["docker"]["run_options"])
     (install,) = gcp["setup_commands"]
     assert installed(install) == needed()
     (client,) = gcp["head_setup_commands"]
@@ -305,11 +305,11 @@ def test_versions_are_those_of_cluster_yaml(rayjob: dict[str, Any], aws: dict[st
     (image,) = {container["image"] for pod in pods(rayjob) for container in pod["containers"]}
     assert image in (DEPLOY / "Dockerfile").read_text()  # the name that it says to build under
     options = [o.removeprefix("--env ").split("=") for o in aws["docker"]["run_options"]]
-    health = dict(option for option in options if HEALTH.fullmatch(option[0]))
-    assert len(health) == 3
+    of_nodes = dict(option for option in options if OF_NODES.fullmatch(option[0]))
+    assert len(of_nodes) == 4
     for pod in pods(rayjob):
         (container,) = pod["containers"]
-        assert {e["name"]: e["value"] for e in container["env"]} == health
+        assert {e["name"]: e["value"] for e in container["env"]} == of_nodes
 
 
 def test_the_image_has_what_raygpt_needs() -> None:

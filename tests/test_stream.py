@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import ray
@@ -137,7 +138,7 @@ def test_a_share_of_the_stream_is_asked_for_after_the_first_step(tiny_corpus: Co
         blocks = dealt_in_turns(plan, segments, 1, rank=0)
         return SimpleNamespace(iter_batches=lambda **_: blocks)
 
-    steps = lane_steps(WindowReader(plan), segments, 0, 1, stream_blocks(open_shard))
+    steps = lane_steps(WindowReader(plan), segments, 0, 1, stream_blocks(open_shard, ahead=2))
     first = next(steps)
     assert not asked.is_set()
     check([[first, *steps]], reference(plan, segments), segments)
@@ -182,7 +183,7 @@ def through_ray(plan: ReadPlan, segments: Segments, W: int, slow: int) -> list[l
 
     def consume(rank: int) -> None:
         try:
-            blocks = stream_blocks(lambda: shards[rank]["train"])
+            blocks = stream_blocks(lambda: shards[rank]["train"], ahead=2)
             for one in lane_steps(WindowReader(plan), segments, rank, W, blocks):
                 found[rank].append(one)
                 time.sleep(0.02 if rank == slow else 0)
@@ -219,9 +220,10 @@ def test_ray_data_carries_what_the_reader_reads(
     check(found, reference(plan, segments), segments)
 
 
-def test_readers_find_room_beside_workers_that_fill_the_machine(
-    ray_session: None, tiny_corpus: Corpus
-) -> None:
+@pytest.fixture
+def filled(ray_session: None) -> Iterator[None]:
+    """Workers have all of the machine but what they leave for readers."""
+
     @ray.remote(num_cpus=1 - READER_CPUS)
     class Worker:
         def ready(self) -> bool:
@@ -231,12 +233,43 @@ def test_readers_find_room_beside_workers_that_fill_the_machine(
     workers: list[Any] = [Worker.remote() for _ in range(2)]  # type: ignore[attr-defined]
     try:
         assert ray.get([worker.ready.remote() for worker in workers], timeout=60) == [True, True]
-        plan = plan_of(tiny_corpus)
-        segments = Segments(0, 30, 3, plan.lanes)
-        check(through_ray(plan, segments, 2, slow=0), reference(plan, segments), segments)
+        yield
     finally:
         for worker in workers:
             ray.kill(worker)
+
+
+@pytest.mark.usefixtures("filled")
+def test_readers_find_room_beside_workers_that_fill_the_machine(tiny_corpus: Corpus) -> None:
+    plan = plan_of(tiny_corpus)
+    segments = Segments(0, 30, 3, plan.lanes)
+    check(through_ray(plan, segments, 2, slow=0), reference(plan, segments), segments)
+
+
+def cpu_seconds(name: str) -> float:
+    """What Ray's process of that name has used so far."""
+    (process,) = (
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "".join(process.cmdline()).startswith(f"ray::{name}")
+    )
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+@pytest.mark.usefixtures("filled")
+def test_ray_data_rests_while_workers_have_enough(tiny_corpus: Corpus) -> None:
+    plan = plan_of(tiny_corpus)
+    dataset = window_dataset(plan, Segments(0, 300, 3, plan.lanes), token_bytes=2)
+    (shards,) = StreamConfig().configure({"train": dataset}, 1, None, None)
+    blocks = stream_blocks(lambda: shards["train"], ahead=4)
+    for _ in range(8):
+        next(blocks)
+    time.sleep(2)  # it fetches a few more
+    before, began = cpu_seconds("SplitCoordinator"), time.monotonic()
+    time.sleep(3)
+    used = cpu_seconds("SplitCoordinator") - before
+    assert used / (time.monotonic() - began) < 0.3, "it turned all the time"
 
 
 def test_no_more_read_tasks_than_readers(

@@ -10,6 +10,7 @@ The stream is a transport, never the source of the order; ``reader.py`` is.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 from ray.data import DataIterator, Dataset, ExecutionOptions
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.train import DataConfig
@@ -28,7 +30,8 @@ from raygpt.config import READER_CPUS
 from raygpt.data.order import Segments
 from raygpt.data.reader import ReadPlan, WindowReader, shared_reader
 
-PREFETCH_BLOCKS = 2
+PACE_SECONDS = 0.05
+"""A pause for each turn of Ray Data's loop."""
 _SCHEMA = pa.schema(
     [("lane", pa.int64()), ("first_step", pa.int64()), ("windows", pa.large_binary())]
 )
@@ -90,6 +93,14 @@ def window_dataset(
     )
 
 
+class Paced(ExecutionCallback):
+    """Gives Ray Data's loop a pause: it waits for tasks that run, but while none does, since the
+    workers have enough, it turns as fast as it can, for as long as the run lasts."""
+
+    def on_execution_step(self, executor: object) -> None:
+        time.sleep(PACE_SECONDS)
+
+
 class StreamConfig(DataConfig):
     """Splits without ``equal=True``, which drops rows at the end of a stream, and in order."""
 
@@ -108,6 +119,7 @@ class StreamConfig(DataConfig):
         for name, dataset in datasets.items():
             dataset = dataset.copy(dataset)
             dataset.context.execution_options = self._resolve_execution_options(name)
+            dataset.context.custom_execution_callback_classes = [Paced]
             for rank, split in enumerate(dataset.streaming_split(world_size, equal=False)):
                 result[rank][name] = split
         return result
@@ -193,15 +205,17 @@ def _windows_of(block: pa.Table | None, reader: WindowReader, lane: int, first: 
     return tokens.reshape(-1, reader.plan.block_size + 1)
 
 
-def stream_blocks(open_shard: Callable[[], DataIterator]) -> Iterator[pa.Table]:
+def stream_blocks(open_shard: Callable[[], DataIterator], ahead: int) -> Iterator[pa.Table]:
     """A worker's blocks, fetched in the background.
 
     Args:
         open_shard: gives the worker's share of the stream; called with the first ``next``, since
             it waits for a process that starts meanwhile.  Ray Data, too, starts only then.
+        ahead: blocks to have before they are asked for.  Where workers fill a machine, Ray Data
+            reads only what is asked for, and a segment needs all of a worker's at once.
     """
     yield from open_shard().iter_batches(
         batch_size=None,  # type: ignore[arg-type]  # whole blocks, as documented
         batch_format="pyarrow",
-        prefetch_batches=PREFETCH_BLOCKS,
+        prefetch_batches=ahead,
     )

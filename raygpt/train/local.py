@@ -46,6 +46,7 @@ _SETTINGS = {
     "RAY_object_manager_timer_freq_ms": "1000",  # (100)
     "RAY_local_fs_monitor_interval_ms": "1000",  # (100)
     "RAY_kill_idle_workers_interval_ms": "1000",  # (200)
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",  # (1000) a reader between two blocks
     # (1000 and 10) Ray's daemon asks itself, first before it can answer.
     "RAY_raylet_client_connect_timeout_milliseconds": "50",
     "RAY_raylet_client_num_connect_attempts": "600",

@@ -30,7 +30,7 @@ from raygpt.config import ScaleConfig
 from raygpt.train import malloc
 from raygpt.train.cluster import passed_on, room
 
-SPARE_AFTER_SECONDS = 20.0
+SPARE_AFTER_SECONDS = 60.0
 """A spare takes the time of its imports from the workers, where they have all CPUs."""
 _SPARE_SECONDS = 30 * 24 * 3600
 _AHEAD_SECONDS = 120

@@ -4,6 +4,7 @@ Every worker holds the whole model, computes its lanes of each step and takes pa
 sums, so all hold the same weights at every step; rank 0 also writes what is to be kept.
 """
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -273,7 +274,8 @@ class Worker:
             raise MakeWay(f"made way after step {self.position.step - 1}")
 
     def _batches(self) -> Iterator[StepWindows]:
-        blocks = stream_blocks(partial(ray.train.get_dataset_shard, "train"))
+        ahead = math.ceil(self.config.batch.lanes / self.world_size)  # a segment's
+        blocks = stream_blocks(partial(ray.train.get_dataset_shard, "train"), ahead)
         return lane_steps(self.reader, self.segments, self.rank, self.world_size, blocks)
 
     def _advance(self, result: StepResult, tokens: int) -> None:
