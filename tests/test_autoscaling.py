@@ -16,14 +16,14 @@ import pytest
 from head import Head
 from troubled import Reference, Run, finish, wait_for
 
-MOST = 3
+MOST = 2
 IDLE_MINUTES = 0.1
 DEADLINE_SECONDS = 90.0
 _ENVIRONMENT = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
 
 
 class AutoscalingHead(Head):
-    """A head that trains nothing, and may have up to three machines of one CPU."""
+    """A head that trains nothing, and may have up to two machines of one CPU."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "cluster.json"

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-STEPS = 500
-LIMIT = 1.80
+STEPS = 300
+LIMIT = 1.95
 """Nats a byte of the validation set."""
 
 

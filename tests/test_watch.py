@@ -66,6 +66,7 @@ def test_a_run_can_be_watched(head: Head, reference: Reference) -> None:
         while not run.rows():
             ahead |= ready(head.nodes[0].family())
             assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.2)
         assert {worker.pid for worker in head.nodes[0].workers()} <= ahead, "started ahead"
         found = wait(head, lambda series: set(series) >= shown)
         time.sleep(2 * KEPT_SECONDS)

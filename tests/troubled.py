@@ -18,15 +18,16 @@ from raygpt.train import checkpoints
 STEPS, EVERY = 240, 60
 SETTINGS = f"""
 run: {{storage: STORAGE}}
-data: {{corpus: CORPUS}}
+data: {{corpus: CORPUS, segment_steps: 17}}
 model: {{n_layer: 2, n_head: 2, n_embd: 32, block_size: 32, vocab_size: 264, dropout: 0.1}}
-batch: {{tokens: 1024, lanes: 4, micro: 4}}
-optim: {{max_lr: 3.0e-3, warmup_steps: 20}}
+batch: {{tokens: 1024, lanes: 4, micro: 3, ramp_start_tokens: 256, ramp_tokens: 40000}}
+optim: {{max_lr: 3.0e-3, min_lr: null, warmup_steps: 20, grad_clip: 1.0}}
 train:
-  {{steps: {STEPS}, log_every: 50, eval_every: 100, eval_tokens: 4096, checkpoint_every: {EVERY},
-  sample_prompt: "", precision: fp32}}
+  {{steps: {STEPS}, checkpoint_every: {EVERY}, eval_every: {EVERY}, eval_tokens: 8192,
+  log_every: 10, sample_tokens: 20, precision: fp32}}
 scale: {{workers: 2, gpus_per_worker: 0}}
 """
+"""Several epochs of 60,000 bytes."""
 Result = tuple[str, list[dict[str, Any]]]
 
 
@@ -68,7 +69,7 @@ class Run:
 
 
 class Reference:
-    """The same run without any trouble; on a local disk."""
+    """The same run without any trouble, called ``quiet``; on a local disk."""
 
     def __init__(self, head: Head, folder: Path) -> None:
         self._head, self.settings = head, folder / "run.yaml"
@@ -82,7 +83,8 @@ class Reference:
             SETTINGS.replace("STORAGE", self.storage).replace("CORPUS", corpus)
         )
         run = self.run(self.storage, "quiet")
-        finish(run.start())
+        self.output = finish(run.start())
+        """What the driver printed."""
         self.result = run.result()
         assert [row["step"] for row in self.result[1]] == list(range(STEPS))
 
@@ -100,7 +102,7 @@ def wait_for(
         if time.monotonic() > deadline:
             process.kill()
             raise AssertionError(process.communicate()[0])
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 def finish(process: "subprocess.Popen[str]", status: int = 0, timeout: float = 180) -> str:

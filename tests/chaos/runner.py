@@ -13,7 +13,7 @@ from chaos.cluster import Cluster
 from chaos.schedule import Event
 from chaos.trial import MAX_WORKERS, Trial
 
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.1
 
 
 @dataclass

@@ -19,8 +19,8 @@ APART = 20
 """Steps between two events, at least."""
 ALL_DIE = "head"
 """After this, steps since the last checkpoint are computed again; after others, none."""
-ORDER = ("rank 0", "stop", "worker", "partition", "node", "head")
-"""So that there are always nodes to lose, and none need be replaced."""
+ORDER = ("partition", "rank 0", "worker", "node", "stop", "head")
+"""So that there are always nodes to lose, none need be replaced, and few processes start."""
 ELSEWHERE = {
     "drain": "test_recovery.py",
     "interrupt": "test_recovery.py",
