@@ -14,7 +14,7 @@ LATER = 10
 def test_a_run_and_a_disk_that_is_full(disk: Path, reference: Reference) -> None:
     """Too long for one job, which ends; not too long for the next one. No step is lost."""
     run = reference.run(str(disk), "full")
-    first = run.start("--run.storage_patience", "3")
+    first = run.start_here("--run.storage_patience", "3")
     wait_for(first, lambda: len(run.rows()) > EVERY + LATER)
     filler = fill(disk)
     output = finish(first, status=2)
@@ -24,7 +24,7 @@ def test_a_run_and_a_disk_that_is_full(disk: Path, reference: Reference) -> None
     assert not run.has_checkpoint(STEPS)
 
     filler.unlink()
-    second = run.start()
+    second = run.start_here()
     wait_for(second, lambda: len(run.rows()) > 2 * EVERY + LATER)
     filler = fill(disk)
     time.sleep(FULL_SECONDS)
@@ -44,7 +44,7 @@ def test_a_file_of_rays_own_that_cannot_be_written_ends_no_run(
     Whether the disk is full at that moment is chance, so something lies in the way here.
     """
     run = reference.run(str(tmp_path), "in-the-way")
-    process = run.start()
+    process = run.start_here()
     wait_for(process, lambda: bool(run.events("start")))
     Path(run.folder.path, "checkpoint_manager_snapshot.json").mkdir()
     output = finish(process)

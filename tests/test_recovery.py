@@ -17,7 +17,7 @@ def test_ctrl_c_ends_in_a_checkpoint(head: Head, reference: Reference) -> None:
     assert "stopped; submit the run again, and it goes on" in output and "Traceback" not in output
     stopped_at = len(run.rows())
     assert run.has_checkpoint(stopped_at)
-    finish(run.start("--scale.workers", "1"))
+    finish(run.start_here("--scale.workers", "1"))  # elsewhere
     assert [event["step"] for event in run.events("start")] == [0, stopped_at]
     assert run.result() == reference.result
     assert run.redone() == []

@@ -127,7 +127,7 @@ def test_a_run_on_a_store_that_goes_away_and_falls_silent(
     stopped_at = len(run.rows())
     assert 2 * EVERY <= stopped_at <= STEPS
 
-    second = run.start(storage=storage)
+    second = run.start_here(storage=storage)
     wait_for(second, lambda: run.has_checkpoint(3 * EVERY))
     server.stop()
     time.sleep(SILENT_SECONDS)

@@ -1,13 +1,15 @@
 """Short runs on a cluster whose storage is in trouble, and what must come out of them."""
 
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from head import Head
+from head import ROOT, Head
 from helpers import TRAINED
 
 from raygpt.data.prepare import prepare
@@ -18,7 +20,7 @@ from raygpt.train import checkpoints
 STEPS, EVERY = 240, 60
 SETTINGS = f"""
 run: {{storage: STORAGE}}
-data: {{corpus: CORPUS, segment_steps: 17}}
+data: {{corpus: CORPUS}}
 model: {{n_layer: 2, n_head: 2, n_embd: 32, block_size: 32, vocab_size: 264, dropout: 0.1}}
 batch: {{tokens: 1024, lanes: 4, micro: 3, ramp_start_tokens: 256, ramp_tokens: 40000}}
 optim: {{max_lr: 3.0e-3, min_lr: null, warmup_steps: 20, grad_clip: 1.0}}
@@ -31,6 +33,19 @@ scale: {{workers: 2, gpus_per_worker: 0}}
 Result = tuple[str, list[dict[str, Any]]]
 
 
+def start_here(*arguments: str) -> "subprocess.Popen[str]":
+    """``jobs/train.py`` with a Ray of its own."""
+    return subprocess.Popen(
+        [sys.executable, "jobs/train.py", *arguments],
+        cwd=ROOT,
+        env={key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 class Run:
     """A run of these settings, somewhere."""
 
@@ -41,9 +56,15 @@ class Run:
 
     def start(self, *more: str, storage: str | None = None) -> "subprocess.Popen[str]":
         """Submit it, by default as tests see it; ``storage`` is another way to the same place."""
+        return self._head.start("python", "jobs/train.py", *self._arguments(storage), *more)
+
+    def start_here(self, *more: str, storage: str | None = None) -> "subprocess.Popen[str]":
+        """The same without the cluster, which is much less work for this machine."""
+        return start_here(*self._arguments(storage), *more)
+
+    def _arguments(self, storage: str | None) -> list[str]:
         place = ("--run.storage", storage or self.storage, "--run.name", self.name)
-        settings = str(self._settings)
-        return self._head.start("python", "jobs/train.py", "--config", settings, *place, *more)
+        return ["--config", str(self._settings), *place]
 
     def rows(self, file: str = METRICS) -> list[dict[str, Any]]:
         return read_json_lines(self.folder, file)
@@ -69,7 +90,7 @@ class Run:
 
 
 class Reference:
-    """The same run without any trouble, called ``quiet``; on a local disk."""
+    """The same run without any trouble, called ``quiet``: on this machine, without a cluster."""
 
     def __init__(self, head: Head, folder: Path) -> None:
         self._head, self.settings = head, folder / "run.yaml"
@@ -83,7 +104,7 @@ class Reference:
             SETTINGS.replace("STORAGE", self.storage).replace("CORPUS", corpus)
         )
         run = self.run(self.storage, "quiet")
-        self.output = finish(run.start())
+        self.output = finish(run.start_here())
         """What the driver printed."""
         self.result = run.result()
         assert [row["step"] for row in self.result[1]] == list(range(STEPS))
