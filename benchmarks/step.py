@@ -69,7 +69,10 @@ CASES = {
     ),
 }
 _GPT2 = Case("gpt2", ModelConfig(12, 12, 768, 1024, 50304), 1, 1, 64, 16, 30, 10, 4, gpu=True)
-GPU_CASES = {
+MORE_CASES = {
+    "bytes, 6 x 384, 64 windows": Case(  # nanoGPT's batch for this size
+        "bytes", ModelConfig(6, 6, 384, 256, 320), 2, 1, 64, 4, 6, 2
+    ),
     "GPT-2 124M, one GPU": _GPT2,
     "GPT-2 124M, one GPU, compiled": replace(_GPT2, compile=True, steps=40),
 }
@@ -168,7 +171,7 @@ def speed(case: Case, times: list[float]) -> float:
 
 def rows(asked: int, cases: Iterable[str] = CASES) -> Iterator[Row]:
     for name in cases:
-        case = (CASES | GPU_CASES)[name]
+        case = (CASES | MORE_CASES)[name]
         with tempfile.TemporaryDirectory() as folder:
             sides = Sides(case, Path(folder))
             *times, rates = in_turns([sides.ours, sides.plain, sides.rates], asked)
@@ -196,7 +199,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_rounds(parser, usual=5, short=2)
     parser.add_argument(
-        "--case", nargs="*", choices=CASES | GPU_CASES, default=list(CASES), help="default: on CPUs"
+        "--case",
+        nargs="*",
+        choices=CASES | MORE_CASES,
+        default=list(CASES),
+        help=f"default: {', '.join(CASES)}",
     )
     arguments = parser.parse_args()
     asked = rounds(parser, arguments)

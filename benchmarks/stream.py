@@ -19,6 +19,9 @@ from typing import Any
 
 import ray
 import torch
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 
 from benchmarks.products import SIZE
 from benchmarks.turns import Row, in_turns, print_rows, ratio
@@ -81,6 +84,11 @@ def rows(asked: int) -> Iterator[Row]:
     paced = stream.Paced
     ray.init(
         num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+    )
+    get_or_create_autoscaling_coordinator().request_resources.remote(  # as Ray Train does
+        requester_id="train",
+        resources=[{"CPU": 1 - READER_CPUS}] * WORKERS,
+        expire_after_s=24 * 3600,
     )
     try:
         with tempfile.TemporaryDirectory() as folder:

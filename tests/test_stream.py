@@ -16,6 +16,9 @@ import pytest
 import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 
 from raygpt.config import READER_CPUS
 from raygpt.data import stream
@@ -222,7 +225,7 @@ def test_ray_data_carries_what_the_reader_reads(
 
 @pytest.fixture
 def filled(ray_session: None) -> Iterator[None]:
-    """Workers have all of the machine but what they leave for readers."""
+    """Workers have all of the machine but what they leave for readers; Ray Data knows."""
 
     @ray.remote(num_cpus=1 - READER_CPUS)
     class Worker:
@@ -231,10 +234,17 @@ def filled(ray_session: None) -> Iterator[None]:
 
     assert ray.cluster_resources()["CPU"] == 2
     workers: list[Any] = [Worker.remote() for _ in range(2)]  # type: ignore[attr-defined]
+    coordinator = get_or_create_autoscaling_coordinator()
     try:
         assert ray.get([worker.ready.remote() for worker in workers], timeout=60) == [True, True]
+        ray.get(
+            coordinator.request_resources.remote(  # as Ray Train does
+                requester_id="train", resources=[{"CPU": 1 - READER_CPUS}] * 2, expire_after_s=600
+            )
+        )
         yield
     finally:
+        ray.get(coordinator.cancel_request.remote("train"))
         for worker in workers:
             ray.kill(worker)
 
