@@ -20,7 +20,7 @@ TRAINED = (
 WEIGHTS_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 """The files of a small checkpoint."""
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "raygpt.train.step", "raygpt.train.saver"])
+_CONTEXT.set_forkserver_preload(["torch._dynamo", "raygpt.train.step", "raygpt.train.saver"])
 
 
 def _worker(
