@@ -368,7 +368,7 @@ def test_a_refusal_for_good_ends_training_there_and_nothing_counts(
 
 
 def without_room(path: Path) -> list[str]:
-    def refuse(self: Snapshots, part: parts.Part) -> memoryview:
+    def refuse(self: Snapshots, part: parts.Part, *_: object) -> memoryview:
         raise MemoryError("no room for a copy")
 
     raised = []

@@ -57,7 +57,9 @@ def test_a_run_can_be_watched(head: Head, reference: Reference) -> None:
     process = run.start(
         *("--train.steps", "1000000", "--train.eval_every", "100"),
         *("--train.straggler_factor", "0.01", "--train.profile", "4:6"),
-        *("--train.compile", "True"),
+        # One shape of tokens, since each is compiled for itself.
+        *("--train.compile", "True", "--batch.ramp_start_tokens", "0", "--batch.ramp_tokens", "0"),
+        *("--batch.micro", "4"),
     )
     shown = {f"ray_{name}" for name in NAMES}
     ahead: set[int] = set()
