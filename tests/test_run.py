@@ -144,8 +144,9 @@ def kill_at(place: Place, name: str, step: int) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(place: Place, quiet: str) -> None:
-    """Its driver dies at a random moment, and its newest checkpoint is damaged, too."""
-    kill_at(place, "killed", Random().randrange(EVERY + 20, STEPS - EVERY))
+    """Twice killed at a random moment; the second time its newest checkpoint is damaged, too."""
+    kill_at(place, "killed", Random().randrange(1, STEPS // 3))
+    kill_at(place, "killed", Random().randrange(STEPS // 2, STEPS * 2 // 3))
     run = place.storage / "killed"
     while place.head.nodes[0].workers():  # which outlive their driver for a moment
         time.sleep(0.05)

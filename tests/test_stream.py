@@ -136,16 +136,21 @@ def test_a_share_of_the_stream_is_asked_for_after_the_first_step(tiny_corpus: Co
     segments = Segments(0, 12, 3, plan.lanes)
     asked = threading.Event()
 
+    ahead = []
+
+    def iter_batches(prefetch_batches: int, **_: Any) -> Iterator[pa.Table]:
+        ahead.append(prefetch_batches)
+        return dealt_in_turns(plan, segments, 1, rank=0)
+
     def open_shard() -> Any:
         asked.set()
-        blocks = dealt_in_turns(plan, segments, 1, rank=0)
-        return SimpleNamespace(iter_batches=lambda **_: blocks)
+        return SimpleNamespace(iter_batches=iter_batches)
 
-    steps = lane_steps(WindowReader(plan), segments, 0, 1, stream_blocks(open_shard, ahead=2))
+    steps = lane_steps(WindowReader(plan), segments, 0, 1, stream_blocks(open_shard, ahead=4))
     first = next(steps)
     assert not asked.is_set()
     check([[first, *steps]], reference(plan, segments), segments)
-    assert asked.is_set()
+    assert asked.is_set() and ahead == [4]
 
 
 def test_a_run_of_one_segment_starts_no_stream(tiny_corpus: Corpus) -> None:

@@ -1,4 +1,4 @@
-"""Short runs on a cluster whose storage is in trouble, and what must come out of them."""
+"""Short runs that meet trouble, and what must come out of them."""
 
 import os
 import subprocess
