@@ -4,11 +4,13 @@ NVIDIA GPUs and CPUs; what it gives up: other accelerators, and several GPUs for
 """
 
 import contextlib
+import importlib.util
 import os
 import platform
+import shutil
 import time
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -36,6 +38,7 @@ PEAK_TFLOPS: dict[str, dict[torch.dtype, float]] = {
     "RTX 4090": {torch.bfloat16: 165.2, torch.float32: 82.6},
     "RTX 3090": {torch.bfloat16: 71.0, torch.float32: 35.6},
 }
+_TRITON = importlib.util.find_spec("triton") is not None
 _PEAK_SIZE, _PEAK_FIRST = 768, 4
 """Of the matrix product that shows what a CPU reaches."""
 
@@ -165,14 +168,33 @@ def peak_flops_of(name: str, dtype: torch.dtype) -> float | None:
     return None
 
 
-def check_compiler(device: torch.device) -> None:
-    """See that this machine can compile layers.
+def has_triton(device: torch.device) -> bool:
+    """Whether our own kernels run: on NVIDIA's GPUs from Ampere on, wherever torch is for CUDA."""
+    if device.type != "cuda" or not _TRITON:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def check_compilers(device: torch.device, compile: bool) -> None:
+    """See that this machine has the compilers that it needs.
+
+    Args:
+        compile: layers are to be compiled.
 
     Raises:
-        UserError: it has no C++ compiler, which torch.compile needs for a CPU.
+        UserError: it has no C compiler, which Triton needs for a GPU's kernels, or no C++
+            compiler, which torch.compile needs for a CPU.
     """
     if device.type == "cuda":
-        return  # Triton looks for what it needs itself
+        c_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        if (compile or has_triton(device)) and not c_compiler:
+            raise UserError(
+                "a GPU's kernels are built with a C compiler, and this machine has none; "
+                "install gcc there"
+            )
+        return
+    if not compile:
+        return
     from torch._inductor.cpp_builder import get_cpp_compiler  # here, since it takes a second
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -183,6 +205,12 @@ def check_compiler(device: torch.device) -> None:
             "train.compile needs a C++ compiler for a CPU, and this machine has none that works; "
             "install g++ there, or leave train.compile out"
         ) from error
+
+
+def compile_options(device: torch.device, exact: bool) -> dict[str, Any]:
+    """For torch.compile.  A GPU's kernels come in sizes, and the fastest is found by measuring,
+    each time anew; with ``exact``, no size is measured that changes a sum."""
+    return {"options": {"deterministic": True}} if exact and device.type == "cuda" else {}
 
 
 def memory_bytes(device: torch.device) -> int:

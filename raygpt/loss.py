@@ -4,31 +4,33 @@ The logits of N tokens over V words are the largest thing of a small model.  The
 chunks, turned into probabilities, and these at once into gradients; the backward pass only scales
 what is there (as in Hsu et al. 2024, "Liger Kernel", section 3.2).  Beside the three matrix
 products and the softmax, a chunk in fp32 is read twice, for its largest logits and probabilities;
-one in bf16 has a second softmax, since losses need fp32.  Compiled, a chunk is read twice in all.
+one in bf16 has a second softmax, since losses need fp32.  A GPU has a kernel for it all.
 
 What it gives up: gradients of gradients.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}
+from raygpt import device as devices
+
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
 """Of fp32 logits at a time.  A GPU's products want more rows."""
-ToErrors = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def to_errors(logits: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def to_errors(logits: Tensor, right: Tensor, n_vocab: int) -> tuple[Tensor, Tensor]:
     """The losses of a chunk, (n,) fp32, and the gradient of their sum, (n, V).
 
     Args:
-        logits: (n, V); overwritten, where that saves a matrix.
+        logits: (n, V), contiguous; overwritten, where that saves a matrix.
         right: the tokens that are right, (n, 1) int64.
+        n_vocab: columns from there on are padding.
     """
+    logits[:, n_vocab:] = -math.inf
     if logits.dtype == torch.float32:
         top, chosen = logits.amax(dim=1), logits.gather(1, right)[:, 0]
         p = torch.softmax(logits, dim=1, out=logits)
@@ -40,20 +42,11 @@ def to_errors(logits: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return -log_p[:, 0], p.scatter_(1, right, log_p.expm1().to(p.dtype))
 
 
-def to_errors_for_compiler(logits: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`to_errors`, to be compiled: one pass for the sums and one for the gradient."""
-    log_p = torch.log_softmax(logits.float(), dim=1)
-    tokens = torch.arange(logits.shape[1], device=logits.device)
-    errors = log_p.exp() - (tokens == right).float()
-    return -log_p.gather(1, right)[:, 0], logits.copy_(errors)
-
-
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
     n_vocab: int,
-    to_errors: ToErrors = to_errors,
 ) -> Tensor:
     """Mean cross entropy of ``softmax(x @ weight[:n_vocab].T)`` in nats a token, an fp32 scalar.
 
@@ -63,31 +56,28 @@ def linear_cross_entropy(
         x: hidden states, (N, C).
         weight: of the head, (V, C); rows from ``n_vocab`` on are padding, whose gradient is zero.
         targets: the token that is right for each, (N,) int64.
-        to_errors: of a chunk; :func:`to_errors_for_compiler`, compiled, takes its place.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, n_vocab, to_errors)
+        loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, n_vocab)
         return loss
-    return _losses(x, weight, targets, n_vocab, to_errors).mean()
+    return _losses(x, weight, targets, n_vocab).mean()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int, to_errors: ToErrors
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        losses = _losses(x, weight, targets, n_vocab, to_errors, grad_x, grad_weight)
+        losses = _losses(x, weight, targets, n_vocab, grad_x, grad_weight)
         ctx.gradients = grad_x, grad_weight
         return losses.mean()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_x, grad_weight = ctx.gradients
         del ctx.gradients  # scaled in place, so a second pass would be wrong
         scale = grad / len(grad_x)
-        return grad_x.mul_(scale), grad_weight.mul_(scale), None, None, None
+        return grad_x.mul_(scale), grad_weight.mul_(scale), None, None
 
 
 @torch.no_grad()
@@ -96,12 +86,13 @@ def _losses(
     weight: Tensor,
     targets: Tensor,
     n_vocab: int,
-    to_errors: ToErrors,
     grad_x: Tensor | None = None,
     grad_weight: Tensor | None = None,
 ) -> Tensor:
     """Of each token, (N,) fp32; fills the gradients of their sum, which start as zeros."""
-    kind = x.device.type
+    kind, errors_of = x.device.type, to_errors
+    if devices.has_triton(x.device):
+        from raygpt.loss_triton import to_errors as errors_of  # here, as it is not everywhere
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):
         head, x = weight.to(dtype), x.to(dtype)
@@ -114,8 +105,7 @@ def _losses(
             part, right = x[here], targets[here, None]
             logits = all_logits[: len(part)]
             torch.mm(part, head.t(), out=logits)
-            logits[:, n_vocab:] = -math.inf
-            losses[here], errors = to_errors(logits, right)
+            losses[here], errors = errors_of(logits, right, n_vocab)
             if grad_x is not None and grad_weight is not None:
                 grad_x[here] = errors @ head
                 _add_product(grad_weight, errors.t(), part)

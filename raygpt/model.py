@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from raygpt.config import ModelConfig
-from raygpt.loss import linear_cross_entropy, to_errors, to_errors_for_compiler
+from raygpt.loss import linear_cross_entropy
 from raygpt.tied import two_uses
 
 NORM_EPS = 1e-5
@@ -184,7 +184,6 @@ class GPT(nn.Module):
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
-        self._to_errors = to_errors
         self.init_weights()
 
     @torch.no_grad()
@@ -227,22 +226,17 @@ class GPT(nn.Module):
             return self.head(self.transformer(idx))
         table, head = two_uses(self.lm_head.weight)
         x = self.transformer(idx, table)
-        return linear_cross_entropy(
-            x.flatten(0, 1), head, targets.flatten(), self.n_vocab, self._to_errors
-        )
+        return linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), self.n_vocab)
 
     def checkpoint_activations(self) -> None:
         """Keep only the layers' inputs for the backward pass, which computes the rest again, to
         the same bits (Chen et al. 2016, section 4)."""
         self.transformer.checkpoint_activations = True
 
-    def compile_parts(self, **options: Any) -> None:
-        """Compile the layers, which share what is compiled, and on a GPU the loss with
-        torch.compile, in place; on a CPU the loss would be no faster."""
+    def compile_layers(self, **options: Any) -> None:
+        """Compile the layers with torch.compile, in place; they share what is compiled."""
         for block in self.transformer.h:
             block.compile(**options)
-        if self.lm_head.weight.is_cuda:
-            self._to_errors = torch.compile(to_errors_for_compiler, **options)
 
     def num_params(self) -> int:
         """Parameters, tied weights counted once."""

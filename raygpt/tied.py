@@ -29,7 +29,8 @@ class _Tied(torch.autograd.Function):
     def backward(_: Any, rows: Tensor, whole: Tensor) -> Tensor:
         tokens, gradients = rows._indices()[0], rows._values()
         if whole.is_cuda:  # where index_add_ has no fixed order, and unique waits for the device
-            return whole.index_put_((tokens,), gradients, accumulate=True)
+            add_up = torch.ops.aten.embedding_dense_backward
+            return whole.add_(add_up(gradients, tokens, len(whole), -1, False))
         # What belongs to one token is added up first, in its order, as torch's own gradient has it;
         # not by coalesce(), whose order depends on the processor.
         tokens, place = tokens.unique(return_inverse=True)

@@ -29,7 +29,7 @@ layers = CompiledLayers(Folder.from_path(sys.argv[1]), torch.device("cpu"), prin
 layers.fetch()
 torch.manual_seed(1)
 model = GPT(ModelConfig(1, 2, 32, 16, 64))
-model.compile_parts()
+model.compile_layers()
 tokens = torch.arange(34).view(2, 17)
 loss = model(tokens[:, :-1], tokens[:, 1:])
 loss.backward()
@@ -174,11 +174,10 @@ def test_a_machine_without_room_for_caches_compiles_into_torchs_own_folder(
 
 def test_no_compiler_is_told_in_one_line() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "import torch; from raygpt.device import check_compiler\n"
-         "check_compiler(torch.device('cpu'))"],
+        [sys.executable, "-c", "import torch; from raygpt.device import check_compilers\n"
+         "check_compilers(torch.device('cpu'), compile=True)"],
         env={**os.environ, "CXX": "/no/compiler", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )  # fmt: skip
     assert f"{UserError.__name__}: train.compile needs a C++ compiler" in done.stderr
-    devices.check_compiler(torch.device("cuda"))

@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray.train.torch
@@ -192,3 +193,32 @@ def test_kind_of_cpu(
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert devices.cpu_kind() == kind
     assert devices.describe(CPU) == kind
+
+
+def test_own_kernels_run_from_ampere_on_where_triton_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for here in (True, False):
+        monkeypatch.setattr(devices, "_TRITON", here)
+        assert not devices.has_triton(CPU)
+        for capability, made_for in {(7, 5): False, (8, 0): True, (9, 0): True}.items():
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+            assert devices.has_triton(GPU) == (here and made_for)
+
+
+def test_a_gpu_without_a_c_compiler_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(devices, "has_triton", lambda device: device == GPU)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for compiled in (True, False):
+        with pytest.raises(UserError, match=r"install gcc there$"):
+            devices.check_compilers(GPU, compiled)
+    devices.check_compilers(CPU, False)
+    (tmp_path / "gcc").touch(0o755)
+    devices.check_compilers(GPU, True)
+
+
+def test_what_is_compiled_for_exact_runs_on_a_gpu_is_not_found_by_measuring() -> None:
+    assert devices.compile_options(GPU, True) == {"options": {"deterministic": True}}
+    assert devices.compile_options(GPU, False) == devices.compile_options(CPU, True) == {}
+    torch.compile(torch.neg, **devices.compile_options(GPU, True))  # torch knows the option

@@ -213,7 +213,7 @@ def test_a_bf16_model_has_an_fp32_loss() -> None:
 def test_layers_compile_in_one_graph_and_share_it(config: ModelConfig) -> None:
     model, plain = _model(config, n_vocab=27), _model(config, n_vocab=27)
     counter = CompileCounter()
-    model.compile_parts(backend=counter, fullgraph=True)
+    model.compile_layers(backend=counter, fullgraph=True)
     assert torch.equal(model(*_batch(27)), plain(*_batch(27)))
     assert counter.frame_count == 1 and len(model.transformer.h) == 2
     assert model.state_dict().keys() == plain.state_dict().keys()

@@ -80,6 +80,7 @@ class Worker:
 
         self.device = devices.worker_device(config.scale.gpus_per_worker or 0)
         devices.set_up(self.device, config.scale.threads, bool(config.train.exact))
+        devices.check_compilers(self.device, config.train.compile)
         self.dtype = devices.resolve_precision(config.train.precision, self.device)
         self.peak = devices.Peak(self.device, self.dtype)
         self.recorder = Recorder(config.model, self.peak, self.world_size)
@@ -102,10 +103,11 @@ class Worker:
                 give_back_between_layers(self.model)
         self.compiled: CompiledLayers | None = None
         if config.train.compile:
-            devices.check_compiler(self.device)
             self.compiled = CompiledLayers(job.run, self.device, listener.say)
             self.compiled.fetch()
-            self.model.compile_parts()
+            self.model.compile_layers(
+                **devices.compile_options(self.device, bool(config.train.exact))
+            )
         self.ddp = data_parallel(self.model)
         patience = config.run.storage_patience
         self.profiler = Profiler(config.train.profile, self.device, job.run, patience)
