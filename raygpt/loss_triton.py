@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK, _WARPS = 8192, 16
+_BLOCK, _WARPS = 4096, 8
 
 
 @triton.jit
