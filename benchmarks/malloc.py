@@ -23,14 +23,13 @@ import torch
 from benchmarks.turns import Row, add_rounds, in_turns, machine, ratio, rounds
 from raygpt.config import ModelConfig
 from raygpt.model import GPT
-from raygpt.train.processes import environment
+from raygpt.train.malloc import NAME, tunables
 
 CASES = {
     "bytes, 6 x 384, 4 x 256 tokens": (ModelConfig(6, 6, 384, 256, 320), 4, 12),
     "50k words, 4 x 128, 16 x 64 tokens": (ModelConfig(4, 4, 128, 64, 50304), 16, 20),
     "bytes, 3 x 128, 6 x 64 tokens": (ModelConfig(3, 4, 128, 64, 320), 6, 200),
 }
-TUNABLES = "GLIBC_TUNABLES"
 
 
 def measure(name: str) -> None:
@@ -53,8 +52,8 @@ def measure(name: str) -> None:
 
 def turn(name: str, kept: bool) -> tuple[float, float]:
     """What :func:`measure` prints in a process with the settings, or without any."""
-    env = {key: value for key, value in os.environ.items() if key != TUNABLES}
-    env |= {TUNABLES: environment()[TUNABLES]} if kept else {}
+    env = {key: value for key, value in os.environ.items() if key != NAME}
+    env |= {NAME: tunables()} if kept else {}
     command = [sys.executable, "-m", "benchmarks.malloc", "--measure", name]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:

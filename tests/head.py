@@ -10,7 +10,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -24,17 +23,6 @@ def activated() -> dict[str, str]:
     """Environment in which ``python`` and ``ray`` are those that run the tests."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**os.environ, "PATH": path}
-
-
-def ready(processes: Iterable[psutil.Process]) -> set[int]:
-    """Those that Ray has given to nobody, and that have imported torch."""
-    found = set()
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            idle = "".join(process.cmdline()).startswith("ray::IDLE")
-            if idle and any("libtorch" in mapped.path for mapped in process.memory_maps()):
-                found.add(process.pid)
-    return found
 
 
 class Node:

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from head import ROOT
 
 from raygpt.train import forked
 from raygpt.train.template import Template, started
@@ -178,6 +180,133 @@ def test_it_ends_with_who_started_it(tmp_path: Path) -> None:
         process = psutil.Process(int(starter.stdout.readline()))
         starter.kill()
     process.wait(60)
+
+
+class Node:
+    """A node of a cluster, with something in place of its raylet, which runs until it is told."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.raylet = subprocess.Popen(["sleep", "600"])
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(self, program: str, **variables: str) -> "subprocess.Popen[str]":
+        """A process, started as Ray starts it there for a run."""
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "RAY_RAYLET_PID": str(self.raylet.pid),
+            "RAY_JOB_ID": "05000000",
+            **variables,
+        }
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {forked.COMMAND} {program} --raylet-name={self.folder}/raylet"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.processes.append(process)
+        return process
+
+    def ask(self, program: str, **variables: str) -> dict[str, Any]:
+        """What such a process tells."""
+        return read(self.start(program, **variables))
+
+    def templates(self) -> list[psutil.Process]:
+        """They are children of what started their first copies, a raylet's in earnest."""
+        found = []
+        for child in psutil.Process().children():
+            with suppress(psutil.ZombieProcess):
+                words = child.cmdline()
+                if "raygpt.train.template" in words and words[-1].startswith(str(self.folder)):
+                    found.append(child)
+        return found
+
+    def end(self) -> None:
+        self.raylet.kill()
+        self.raylet.wait()
+        _, left = psutil.wait_procs(self.templates(), timeout=30)
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+        assert not left, "they end with the raylet"
+
+
+def read(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    assert process.stdout is not None
+    told: dict[str, Any] = json.loads(process.stdout.readline())
+    return told
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    node = Node(tmp_path / "node")
+    yield node
+    node.end()
+
+
+def test_the_first_process_of_a_job_on_a_node_becomes_its_template(
+    node: Node, program: str
+) -> None:
+    processes = [node.start(program) for _ in range(3)]
+    for process in processes:
+        told = read(process)
+        assert told["torch"] and told["name"] == "__main__" and told["group"]
+        assert told["arguments"] == [program, f"--raylet-name={node.folder}/raylet"]
+    (template,) = node.templates()
+    assert template.pid in {process.pid for process in processes}
+    (address,) = node.folder.glob("raygpt-*[0-9a-f]")
+    assert address.stat().st_mode & 0o077 == 0, "for nobody else"
+    assert node.ask(program, OPENBLAS_NUM_THREADS="7")["variables"]["OPENBLAS_NUM_THREADS"] == "7"
+    assert len(node.templates()) == 2, "one for each environment"
+
+
+OTHER_USER = """
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+os.setuid(65534)
+listener.listen()
+print(flush=True)
+while True:
+    print(len(listener.accept()[0].recv(1000)), flush=True)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_one_that_died_or_is_of_another_user_is_replaced(node: Node, program: str) -> None:
+    """Another user's would be told this user's token."""
+    node.ask(program)
+    (template,) = node.templates()
+    template.kill()
+    template.wait()
+    assert node.ask(program)["torch"]
+    (template,) = node.templates()
+    template.kill()
+    template.wait()
+    (address,) = node.folder.glob("raygpt-*[0-9a-f]")
+    address.unlink()
+    command = [sys.executable, "-c", OTHER_USER, str(address)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert node.ask(program)["torch"]
+        other.kill()
+        assert set(other.stdout.read().split()) == {"0"}, "it was looked at, and told nothing"
+
+
+def test_where_processes_cannot_be_copied_that_is_tried_once(node: Node, program: str) -> None:
+    """What stands for the raylet has ended, so nothing would tell when a template must."""
+    node.raylet.kill()
+    node.raylet.wait()
+    for _ in range(2):
+        assert not node.ask(program)["torch"]
+    assert len(list(node.folder.glob(f"*{forked.NO_TEMPLATE}"))) == 1
+    first, second = node.processes
+    assert first.wait(30) == 0, "it was to become the template"
+    assert second.poll() is None, "it is the process itself"
 
 
 def test_where_nothing_is_wanted_nothing_is_started() -> None:

@@ -17,8 +17,8 @@ from ray.actor import ActorHandle
 from raygpt.errors import UserError
 from raygpt.runs.accounts import CONNECT, TRAIN, Mark
 from raygpt.storage import Folder
-from raygpt.train.cluster import passed_on
 from raygpt.train.job import Job
+from raygpt.train.processes import runtime_env
 from raygpt.train.votes import Requests
 
 _TRAINER = "raygpt.train.trainer"
@@ -124,8 +124,11 @@ def _lead(job: Job, control: ActorHandle, alone: bool) -> Exception | None:
     return ended_by
 
 
-def start_control(run: Folder, began: float) -> ActorHandle:
+def start_control(run: Folder, began: float, alone: bool) -> ActorHandle:
     """The control actor of this driver, on its node; it ends with the driver.
+
+    Args:
+        alone: Ray was started on this machine, for this job.
 
     Raises:
         UserError: the run has another driver on this cluster, and it does not end soon.
@@ -137,7 +140,7 @@ def start_control(run: Folder, began: float) -> ActorHandle:
         num_cpus=0,
         max_concurrency=1000,
         label_selector={"ray.io/node-id": node},
-        runtime_env={"env_vars": passed_on()},
+        runtime_env=runtime_env(alone, trains=False),
     )
     deadline = time.monotonic() + OTHER_DRIVER_SECONDS
     while True:

@@ -76,7 +76,7 @@ def _run(config: Config, dry_run: bool, began: float, template: Template | None)
     job = replace(job, config=replace(job.config, scale=scale))
     from raygpt.train.control import start_control
 
-    control = start_control(job.run, began)  # first, since its process has most to import
+    control = start_control(job.run, began, alone)  # first, since its process has most to import
     if not alone:
         from raygpt.train import processes
 

@@ -1,29 +1,49 @@
-"""What a local Ray starts for each of its processes: asks the template for a copy of itself.
+"""What Ray starts for each process of a run: asks a template for a copy of itself.
 
-It stands in for Ray's ``setup_worker.py`` and gets its arguments.  It imports neither torch nor
-Ray, so it takes a fiftieth of a second.
+On a local Ray it stands in for Ray's ``setup_worker.py`` and gets its arguments; the driver has
+started the template.  On a cluster it stands in for Python (``py_executable`` of the runtime
+environment, :data:`COMMAND`), and the first one on a node becomes the template of its job there.
+It imports neither torch nor Ray, so it takes a fiftieth of a second.
 """
 
+import fcntl
+import hashlib
 import json
 import os
+import shlex
 import socket
+import struct
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 TEMPLATE = "RAYGPT_TEMPLATE"
-"""Environment variable with the address of the template."""
+"""Environment variable with the address of a local Ray's template."""
 PROGRAM = "default_worker.py"
+_PYTHON = shlex.quote(sys.executable)
+COMMAND = f'"$([ -x {_PYTHON} ] && echo {_PYTHON} || echo python)" -m raygpt.train.forked'
+"""For bash; a node that has no Python where the driver has it is asked for its own."""
+NO_TEMPLATE = ".none"
+"""Ends the name of a file that says that this node's processes cannot be copied."""
+BACKLOG = 128
 _CONTEXT = "--serialized-runtime-env-context="
+_RAYLET = "--raylet-name="
 
 
 def main() -> None:
     arguments = sys.argv[1:]
-    context = next((a.removeprefix(_CONTEXT) for a in arguments if a.startswith(_CONTEXT)), None)
-    if _is_plain(context) and _ask(arguments):
-        return
+    context = _option(arguments, _CONTEXT)
+    if _is_plain(context):
+        address = os.environ.get(TEMPLATE) or _of_node(arguments)
+        if address and _ask(address, arguments):
+            return
     program = next(a for a in arguments if a.endswith(PROGRAM))
     first = [str(Path(program).with_name("setup_worker.py"))] if context else []
     os.execv(sys.executable, [sys.executable, *first, *arguments])
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    return next((a.removeprefix(name) for a in arguments if a.startswith(name)), None)
 
 
 def _is_plain(context: str | None) -> bool:
@@ -33,7 +53,64 @@ def _is_plain(context: str | None) -> bool:
     return python == sys.executable and not asked.get("command_prefix")
 
 
-def _ask(arguments: list[str]) -> bool:
+def _of_node(arguments: list[str]) -> str | None:
+    """The address of this node's template for processes like this; where there is none yet, this
+    one becomes it, and goes on here as another.  None if there can be none."""
+    raylet = _option(arguments, _RAYLET)
+    if raylet is None or sys.platform != "linux":
+        return None
+    alike = [raylet, os.getcwd(), sorted(os.environ.items())]  # with the job, and its raylet
+    key = hashlib.sha256(repr(alike).encode()).hexdigest()[:12]
+    address = str(Path(raylet).with_name(f"raygpt-{key}"))
+    with suppress(OSError), open(f"{address}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.path.exists(address + NO_TEMPLATE):
+            return None
+        with suppress(OSError), _connected(address):
+            return address
+        with suppress(FileNotFoundError):
+            os.unlink(address)  # of one that has ended
+        listener = _listen(address)
+        if os.fork():
+            # A child of Ray's daemon, as all processes of a node are.
+            os.set_inheritable(listener.fileno(), True)
+            program = ("-m", "raygpt.train.template", str(listener.fileno()), address)
+            os.execv(sys.executable, [sys.executable, *program])
+        listener.close()
+        return address
+    return None
+
+
+def _listen(address: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o077)  # for nobody else
+    try:
+        listener.bind(address)
+    finally:
+        os.umask(mask)
+    listener.listen(BACKLOG)
+    return listener
+
+
+def _connected(address: str) -> socket.socket:
+    """To a template of this user.
+
+    Raises:
+        OSError: there is none.
+    """
+    template = socket.socket(socket.AF_UNIX)
+    try:
+        template.connect(address)
+        peer = template.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        if struct.unpack("3i", peer)[1] != os.getuid():
+            raise PermissionError(address)
+    except BaseException:
+        template.close()
+        raise
+    return template
+
+
+def _ask(address: str, arguments: list[str]) -> bool:
     """Whether the template has started the process."""
     request = {
         "arguments": arguments,
@@ -42,13 +119,12 @@ def _ask(arguments: list[str]) -> bool:
         "niceness": os.nice(0),
     }
     try:
-        with socket.socket(socket.AF_UNIX) as template:
-            template.connect(os.environ[TEMPLATE])
+        with _connected(address) as template:
             socket.send_fds(template, [b"."], [0, 1, 2])
             template.sendall(json.dumps(request).encode())
             template.shutdown(socket.SHUT_WR)
             return bool(template.recv(1))
-    except (KeyError, OSError):
+    except OSError:
         return False
 
 

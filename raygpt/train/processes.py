@@ -1,10 +1,9 @@
-"""The processes that workers run in: their environment, and that they are there in time.
+"""The processes of a run on a cluster: their environment, and that they are there in time.
 
-A process takes seconds until it can train, nearly all of them to import torch and Ray Train.  Ray
-keeps idle processes, and gives one to a worker whose runtime environment is the same to the last
-character.  So processes are started ahead: for the first group beside all else that starts then;
-and on a cluster, once a group has trained for a while, one spare for each of its workers, for the
-group that follows when a machine is lost.
+A process takes seconds until it can train, nearly all of them to import torch and Ray Train.  A
+node does that once for a job, and has copies of it for all that follows, see ``template.py``.  For
+the first group it begins beside all else that starts then: Ray keeps idle processes, and gives one
+to a worker whose runtime environment is the same to the last character.
 
 What it gives up: to be independent of Ray's insides.  Should they change, the processes lie idle
 and workers start as slowly as without them.
@@ -13,7 +12,7 @@ and workers start as slowly as without them.
 import contextlib
 import json
 import os
-import threading
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -22,33 +21,40 @@ import ray
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-    get_or_create_autoscaling_coordinator,
-)
 
 from raygpt.config import ScaleConfig
-from raygpt.train import malloc
+from raygpt.train import forked, malloc
 from raygpt.train.cluster import passed_on, room
 
-SPARE_AFTER_SECONDS = 60.0
-"""A spare takes the time of its imports from the workers, where they have all CPUs."""
-_SPARE_SECONDS = 30 * 24 * 3600
+_KNOWN = {"env_vars", "working_dir", "py_modules", "config", "_ray_commit"}
+"""Of a runtime environment: what makes no other Python of it."""
 _AHEAD_SECONDS = 120
 _ASK_SECONDS = 2.0  # nobody waits long for a node that does not answer
 
 
-def environment() -> dict[str, str]:
-    """Environment variables of the processes of workers; a user's own values go first.
+def runtime_env(alone: bool, trains: bool) -> dict[str, Any]:
+    """Runtime environment of a run's processes; a user's own values go first.
 
-    All that they will have, whoever asks: those of the control actor, which starts them, are a
-    part, and what Ray Train adds is among these.
+    All of it, whoever asks: what starts processes passes its own on, and what Ray Train adds to
+    that of workers is among these.
+
+    Args:
+        alone: Ray was started on this machine, for this job.
+        trains: of a worker.
     """
-    hook = os.environ.get(WORKER_PROCESS_SETUP_HOOK_ENV_VAR, f"{__name__}.import_all")
-    return {
-        **passed_on(),
-        malloc.NAME: malloc.tunables(),
-        WORKER_PROCESS_SETUP_HOOK_ENV_VAR: hook,
-    }
+    variables = passed_on()
+    of_job = dict(ray.get_runtime_context().runtime_env)
+    if of_job.pop("py_executable", forked.COMMAND) != forked.COMMAND or of_job.keys() - _KNOWN:
+        alone = True  # their Python is not ours
+    copied = not alone and sys.platform == "linux"
+    if trains or copied:
+        variables[malloc.NAME] = malloc.tunables()
+    if copied:
+        return {"env_vars": variables, "py_executable": forked.COMMAND}
+    if trains:
+        hook = os.environ.get(WORKER_PROCESS_SETUP_HOOK_ENV_VAR, f"{__name__}.import_all")
+        variables[WORKER_PROCESS_SETUP_HOOK_ENV_VAR] = hook
+    return {"env_vars": variables}
 
 
 def import_all() -> None:
@@ -60,13 +66,18 @@ def import_all() -> None:
 def start_ahead(scale: ScaleConfig) -> None:
     """Start what the first group will ask for: its workers' processes, where it is clear on which
     nodes they will be, and the actor that Ray Train asks for room."""
-    runtime_env: dict[str, Any] = dict(ray.get_runtime_context().runtime_env)
-    runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **environment()}
+    of_job: dict[str, Any] = dict(ray.get_runtime_context().runtime_env)
+    ours = runtime_env(alone=False, trains=True)
+    variables = {**of_job.get("env_vars", {}), **ours["env_vars"]}
     # As Ray's C++ writes what it merges.
-    text = json.dumps(runtime_env, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(
+        {**of_job, **ours, "env_vars": variables}, sort_keys=True, separators=(",", ":")
+    )
     for node, count in first_places(ray.nodes(), scale):
         _start(node, text, count, _AHEAD_SECONDS)
-    get_or_create_autoscaling_coordinator()
+    # Here, as a local run's driver does without Ray Data.
+    module = "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator"
+    import_module(module).get_or_create_autoscaling_coordinator()
 
 
 def first_places(
@@ -80,20 +91,6 @@ def first_places(
     if sum(rooms) > scale.max_workers and len(alive) > 1:
         return []
     return [(n, min(r, scale.max_workers)) for n, r in zip(alive, rooms, strict=True) if r]
-
-
-def start_spare() -> None:
-    """Start a process like this worker's own on its node, for a worker of a later group."""
-    context = ray.get_runtime_context()
-    node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
-    _start(node, context.get_runtime_env_string(), 1, _SPARE_SECONDS)
-
-
-def start_spare_later() -> None:
-    """:func:`start_spare` after a while, in the background."""
-    timer = threading.Timer(SPARE_AFTER_SECONDS, start_spare)
-    timer.daemon = True
-    timer.start()
 
 
 def _start(node: dict[str, Any], runtime_env: str, count: int, keep_seconds: int) -> None:

@@ -1,9 +1,10 @@
-"""The template: a process that imports what all of a local Ray's need, and then forks them.
+"""The template: a process that imports what all of a run's need, and then forks them.
 
 Ray starts each process from nothing, and each imports torch and Ray again, which takes seconds of
-a core: on two cores, nearly all of the time until the first step.  What a local run starts instead
-(``forked.py``) asks for a copy of this process, which is there in milliseconds.  It is started
-before anything else, and imports while the driver does its part.
+a core: on two cores, nearly all of the time until the first step.  What runs start instead
+(``forked.py``) asks for a copy of this process, which is there in milliseconds.  A local run starts
+it before anything else, and it imports while the driver does its part.  On a cluster each node has
+one for a job, as long as workers may come.
 
 What it gives up: to be independent of how Ray starts its processes; modules are imported before
 the environment of a process is known; Linux only.  Without a template, or should it die, processes
@@ -12,6 +13,7 @@ start as Ray starts them.
 
 import gc
 import json
+import math
 import os
 import runpy
 import select
@@ -19,13 +21,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 from raygpt.train import forked, malloc
 
@@ -38,7 +41,9 @@ _ENVIRONMENT = {
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }
 _FIRST_JOB = "01000000"
-_BACKLOG = 128
+IDLE_SECONDS = 60.0
+"""After which a node's template ends, if it has no copies and nobody asks."""
+_LOOK_SECONDS = 5.0
 
 
 class Template:
@@ -55,7 +60,7 @@ class Template:
         self.address = str(Path(folder) / "template")
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(self.address)
-            listener.listen(_BACKLOG)
+            listener.listen(forked.BACKLOG)
             number = listener.fileno()
             self.process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(number)],
@@ -99,20 +104,38 @@ def started(wanted: bool) -> Iterator[Template | None]:
 
 
 def main() -> None:
+    """The arguments are the file number of a socket that listens, and on a cluster its address."""
     gc.disable()  # collections would take a tenth of the imports' time
     os.environ.update(_ENVIRONMENT)
-    with socket.socket(fileno=int(sys.argv[1])) as listener:
+    number, *address = sys.argv[1:]
+    with socket.socket(fileno=int(number)) as listener:
         for module in _BEFORE_RAY:
             import_module(module)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        environment, of_job = json.loads(line)
-        os.environ.update({**environment, **_ENVIRONMENT, **of_job})
-        _import_ray()
-        request = _serve(listener, of_job) if _can_be_copied() else None
+        request = _serve_node(listener, *address) if address else _serve_local(listener)
     if request is not None:
         _become(request)
+
+
+def _serve_local(listener: socket.socket) -> dict[str, Any] | None:
+    """Until the driver, which has started this, ends."""
+    line = sys.stdin.readline()
+    if not line:
+        return None
+    environment, of_job = json.loads(line)
+    os.environ.update({**environment, **_ENVIRONMENT, **of_job})
+    _import_ray()
+    return _serve(listener, sys.stdin, of_job, math.inf) if _can_be_copied() else None
+
+
+def _serve_node(listener: socket.socket, address: str) -> dict[str, Any] | None:
+    """Until the raylet ends, or nobody needs this any more."""
+    of_job = {name: os.environ[name] for name in ("RAY_RAYLET_PID", "RAY_JOB_ID")}
+    with suppress(OSError), open(os.pidfd_open(int(of_job["RAY_RAYLET_PID"])), "rb") as life:
+        _import_ray()
+        if _can_be_copied():
+            return _serve(listener, life, of_job, IDLE_SECONDS)
+    Path(address + forked.NO_TEMPLATE).touch()
+    return None
 
 
 def _import_ray() -> None:
@@ -152,28 +175,44 @@ def _can_be_copied() -> bool:
     return len(drawn) == 2 and len(os.listdir("/proc/self/task")) == 1
 
 
-def _serve(listener: socket.socket, of_job: dict[str, str]) -> dict[str, Any] | None:
+def _serve(
+    listener: socket.socket, life: IO[Any], of_job: dict[str, str], idle_seconds: float
+) -> dict[str, Any] | None:
     """Fork for each request of this job; returns it in the child, and nothing when nobody needs
-    this any more."""
+    this any more.
+
+    Args:
+        life: can be read when this shall end.
+        idle_seconds: after which it ends, too, if it has no copies and nobody asks.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that have ended
     gc.freeze()  # else a copy's first collection would write to all of it
+    asked, copies = time.monotonic(), list[int]()
     while True:
-        ready, _, _ = select.select([listener, sys.stdin], [], [])
-        if sys.stdin in ready:
+        watched: list[Any] = [listener, life]
+        ready, _, _ = select.select(watched, [], [], _LOOK_SECONDS)
+        if life in ready:
             return None
+        if not ready:
+            copies = [copy for copy in copies if os.path.exists(f"/proc/{copy}")]
+            if not copies and time.monotonic() > asked + idle_seconds:
+                return None
+            continue
+        asked = time.monotonic()
         with suppress(OSError, ValueError), listener.accept()[0] as connection:
             _, files, _, _ = socket.recv_fds(connection, 1, 3)
             with connection.makefile("rb") as stream:
                 request: dict[str, Any] = json.load(stream)
             known = of_job.items() <= request["environment"].items()
-            child = known and not os.fork()
+            copy = os.fork() if known else None
             for number, file in enumerate(files):
-                if child:
+                if copy == 0:
                     os.dup2(file, number)
                 os.close(file)
-            if child:
+            if copy == 0:
                 return request
-            if known:
+            if copy:
+                copies.append(copy)
                 connection.sendall(b".")
 
 

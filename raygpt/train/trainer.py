@@ -90,7 +90,7 @@ def _trainer(job: Job, control: ActorHandle, alone: bool) -> Trainer:
     return Trainer(
         alone,
         _train_worker,
-        train_loop_config={"job": job, "control": control, "spares": not alone},
+        train_loop_config={"job": job, "control": control},
         torch_config=TorchConfig(backend=devices.backend(device)),
         scaling_config=ray.train.ScalingConfig(  # typed as that of Ray Train's first version
             num_workers=workers,  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ def _trainer(job: Job, control: ActorHandle, alone: bool) -> Trainer:
             name=config.run.name,
             storage_path=Folder.from_path(config.run.storage).uri,
             failure_config=ray.train.FailureConfig(max_failures=-1),
-            worker_runtime_env={"env_vars": processes.environment()},  # type: ignore[call-arg]
+            worker_runtime_env=processes.runtime_env(alone, trains=True),  # type: ignore[call-arg]
             callbacks=[
                 NoSnapshots(),  # type: ignore[list-item]
                 Timekeeper(control),  # type: ignore[list-item]

@@ -35,7 +35,6 @@ from raygpt.train.host import check_reachable, gather_machines
 from raygpt.train.job import Job
 from raygpt.train.listener import Listener
 from raygpt.train.malloc import give_back_between_layers
-from raygpt.train.processes import start_spare_later
 from raygpt.train.profile import Profiler
 from raygpt.train.progress import RunLog, StepRecord
 from raygpt.train.records import Recorder
@@ -54,11 +53,10 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Train from the latest checkpoint to the end, or until asked to leave.
 
     Args:
-        settings: ``job``, the :class:`Job`, ``control``, the driver's Control actor, and
-            ``spares``, whether a process shall be ready for each worker of the next group.
+        settings: ``job``, the :class:`Job`, and ``control``, the driver's Control actor.
     """
     began = time.time()
-    worker = Worker(settings["job"], Listener(settings["control"]), settings["spares"], began)
+    worker = Worker(settings["job"], Listener(settings["control"]), began)
     try:
         worker.train()
     except (UserError, MakeWay):
@@ -72,8 +70,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 class Worker:
     """Model, optimizer, data and logs of one worker process."""
 
-    def __init__(self, job: Job, listener: Listener, spares: bool, began: float) -> None:
-        self.job, self.config, self.listener, self.spares = job, job.config, listener, spares
+    def __init__(self, job: Job, listener: Listener, began: float) -> None:
+        self.job, self.config, self.listener = job, job.config, listener
         config, context = job.config, ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         check_reachable(job.run, config.run.storage_patience, listener.say)
@@ -378,8 +376,6 @@ class Worker:
             marks: Any = ray.get(self.listener.control.marks.remote())
             record.metrics["restart_ms"] = restart_ms(marks, self.log.last_kept, self.log.lost, now)
             self._mark(TRAIN, now)
-        if not self.trained and self.spares:
-            start_spare_later()
         self.trained = True
         return record
 
