@@ -19,6 +19,8 @@ from pathlib import Path
 
 TEMPLATE = "RAYGPT_TEMPLATE"
 """Environment variable with the address of a local Ray's template."""
+OF_JOB = {"RAY_RAYLET_PID", "RAY_JOB_ID"}
+"""Environment variables in which a template and its copies must agree."""
 PROGRAM = "default_worker.py"
 _PYTHON = shlex.quote(sys.executable)
 COMMAND = f'"$([ -x {_PYTHON} ] && echo {_PYTHON} || echo python)" -m raygpt.train.forked'
@@ -57,7 +59,7 @@ def _of_node(arguments: list[str]) -> str | None:
     """The address of this node's template for processes like this; where there is none yet, this
     one becomes it, and goes on here as another.  None if there can be none."""
     raylet = _option(arguments, _RAYLET)
-    if raylet is None or sys.platform != "linux":
+    if raylet is None or not OF_JOB <= os.environ.keys() or sys.platform != "linux":
         return None
     alike = [raylet, os.getcwd(), sorted(os.environ.items())]  # with the job, and its raylet
     key = hashlib.sha256(repr(alike).encode()).hexdigest()[:12]

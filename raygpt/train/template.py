@@ -129,7 +129,7 @@ def _serve_local(listener: socket.socket) -> dict[str, Any] | None:
 
 def _serve_node(listener: socket.socket, address: str) -> dict[str, Any] | None:
     """Until the raylet ends, or nobody needs this any more."""
-    of_job = {name: os.environ[name] for name in ("RAY_RAYLET_PID", "RAY_JOB_ID")}
+    of_job = {name: os.environ[name] for name in forked.OF_JOB}
     with suppress(OSError), open(os.pidfd_open(int(of_job["RAY_RAYLET_PID"])), "rb") as life:
         _import_ray()
         if _can_be_copied():
