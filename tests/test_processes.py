@@ -63,7 +63,8 @@ def copies() -> list[psutil.Process]:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if "raygpt.train.template" in process.cmdline():
-                found += [c for c in process.children() if c.cmdline()[0].startswith("ray::IDLE")]
+                children = process.children()
+                found += [c for c in children if "".join(c.cmdline()).startswith("ray::IDLE")]
     return found
 
 

@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -69,7 +71,7 @@ def program(tmp_path: Path) -> str:
 
 
 def asked(
-    template: Template, program: str, *more: str, **variables: str
+    template: Template | SimpleNamespace, program: str, *more: str, **variables: str
 ) -> "subprocess.Popen[str]":
     """A process, started as a raylet starts it."""
     environment = {
@@ -295,6 +297,33 @@ def test_one_that_died_or_is_of_another_user_is_replaced(node: Node, program: st
         assert node.ask(program)["torch"]
         other.kill()
         assert set(other.stdout.read().split()) == {"0"}, "it was looked at, and told nothing"
+
+
+SOON = """
+import sys
+from raygpt.train import forked, template
+template.IDLE_SECONDS, template._LOOK_SECONDS = 0.5, 0.1
+with forked._listen(sys.argv[1]) as listener:
+    sys.argv[1:] = [str(listener.detach()), sys.argv[1]]
+template.main()
+"""
+
+
+def test_one_of_a_node_ends_when_nobody_needs_it(tmp_path: Path, program: str) -> None:
+    address = str(tmp_path / "template")
+    job = {"RAY_RAYLET_PID": str(os.getpid()), "RAY_JOB_ID": "01000000"}
+    with subprocess.Popen(
+        [sys.executable, "-c", SOON, address],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **job},
+    ) as template:
+        while not os.path.exists(address):
+            assert template.poll() is None
+            time.sleep(0.05)
+        with asked(SimpleNamespace(address=address), program) as copy:
+            assert read(copy)["torch"]
+            with pytest.raises(subprocess.TimeoutExpired):
+                template.wait(2)  # it has a copy
+        assert template.wait(10) == 0
 
 
 def test_where_processes_cannot_be_copied_that_is_tried_once(node: Node, program: str) -> None:

@@ -26,7 +26,7 @@ from raygpt.config import ScaleConfig
 from raygpt.train import forked, malloc
 from raygpt.train.cluster import passed_on, room
 
-_KNOWN = {"env_vars", "working_dir", "py_modules", "config", "_ray_commit"}
+_KNOWN = {"env_vars", "working_dir", "excludes", "py_modules", "config", "_ray_commit"}
 """Of a runtime environment: what makes no other Python of it."""
 _AHEAD_SECONDS = 120
 _ASK_SECONDS = 2.0  # nobody waits long for a node that does not answer
