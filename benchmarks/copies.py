@@ -9,6 +9,7 @@ of its own has.  Needs the extra test.
 
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -23,8 +24,6 @@ os.environ.update(RAY_AUTH_MODE="token", RAY_USAGE_STATS_ENABLED="0")
 os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)
 os.environ.pop("RAY_ADDRESS", None)
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-import signal
 
 from head import Head
 from troubled import finish, wait_for

@@ -44,9 +44,9 @@ def runtime_env(alone: bool, trains: bool) -> dict[str, Any]:
     """
     variables = passed_on()
     of_job = dict(ray.get_runtime_context().runtime_env)
-    if of_job.pop("py_executable", forked.COMMAND) != forked.COMMAND or of_job.keys() - _KNOWN:
-        alone = True  # their Python is not ours
-    copied = not alone and sys.platform == "linux"
+    python = of_job.pop("py_executable", forked.COMMAND)
+    own = python != forked.COMMAND or of_job.keys() - _KNOWN  # which no template of ours has
+    copied = not (alone or own) and sys.platform == "linux"
     if trains or copied:
         variables[malloc.NAME] = malloc.tunables()
     if copied:
@@ -74,7 +74,7 @@ def start_ahead(scale: ScaleConfig) -> None:
         {**of_job, **ours, "env_vars": variables}, sort_keys=True, separators=(",", ":")
     )
     for node, count in first_places(ray.nodes(), scale):
-        _start(node, text, count, _AHEAD_SECONDS)
+        _start(node, text, count)
     # Here, as a local run's driver does without Ray Data.
     module = "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator"
     import_module(module).get_or_create_autoscaling_coordinator()
@@ -93,12 +93,12 @@ def first_places(
     return [(n, min(r, scale.max_workers)) for n, r in zip(alive, rooms, strict=True) if r]
 
 
-def _start(node: dict[str, Any], runtime_env: str, count: int, keep_seconds: int) -> None:
+def _start(node: dict[str, Any], runtime_env: str, count: int) -> None:
     request = node_manager_pb2.PrestartWorkersRequest(  # type: ignore[attr-defined]
         language=common_pb2.Language.PYTHON,  # type: ignore[attr-defined]
         job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),
         num_workers=count,
-        keep_alive_duration_secs=keep_seconds,
+        keep_alive_duration_secs=_AHEAD_SECONDS,
     )
     request.runtime_env_info.serialized_runtime_env = runtime_env
     request.runtime_env_info.runtime_env_config.setup_timeout_seconds = 600
