@@ -5,12 +5,18 @@ import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+
+from raygpt.train import reduce
+from raygpt.train.network import Network
+from raygpt.train.shared import SharedMemory
 
 TRAINED = (
     *("step", "tokens", "loss", "lr", "grad_norm", "epoch", "batch_hash"),
@@ -19,8 +25,9 @@ TRAINED = (
 """What must be equal, bit for bit, between two runs of the same settings."""
 WEIGHTS_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 """The files of a small checkpoint."""
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch._dynamo", "raygpt.train.step", "raygpt.train.saver"])
+WAYS: dict[str, type] = {"memory": SharedMemory, "network": Network}
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch._dynamo", "raygpt.train.step", "raygpt.train.saver"])
 
 
 def _worker(
@@ -49,10 +56,10 @@ def on_workers(
     world_size: int, function: Callable[..., Any], *args: Any, backend: str = "gloo"
 ) -> list[Any]:
     """What ``function(*args)`` returns on each of W processes that form a group."""
-    queue = _CONTEXT.Queue()
+    queue = CONTEXT.Queue()
     port = free_port()
     processes = [
-        _CONTEXT.Process(
+        CONTEXT.Process(
             target=_worker, args=(rank, world_size, port, backend, function, args, queue)
         )
         for rank in range(world_size)
@@ -71,6 +78,22 @@ def on_workers(
             if process.is_alive():
                 process.kill()
     return [results[rank] for rank in range(world_size)]
+
+
+@contextmanager
+def only(way: str) -> Iterator[None]:
+    """Of the :data:`WAYS`, how workers exchange sums that are set up within; workers of one machine
+    share its memory unless they are kept from it."""
+    ways: list[Any] = []
+
+    def exchange(device: torch.device) -> Any:
+        ways.append(Network() if way == "network" else found(device))
+        return ways[-1]
+
+    found = reduce.exchange
+    with patch.object(reduce, "exchange", exchange):
+        yield
+    assert dist.get_world_size() == 1 or all(type(used) is WAYS[way] for used in ways)
 
 
 def free_port() -> int:

@@ -1,25 +1,21 @@
 """The parts of the canonical sum that tests of whole steps do not single out."""
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import on_workers
+from helpers import WAYS, on_workers, only
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raygpt.train.reduce import (
-    EXCHANGES_AHEAD,
-    GradientSum,
-    Node,
-    gather,
-    reduce_plan,
-    slices_of,
-    tree_sum,
-)
+from raygpt.train import reduce
+from raygpt.train.network import EXCHANGES_AHEAD, Network, gather
+from raygpt.train.reduce import GradientSum
+from raygpt.train.tree import Node, reduce_plan, slices_of, tree_sum
 
 
 @given(bits=st.integers(0, 4), data=st.data())
@@ -49,12 +45,13 @@ def test_everyone_gets_the_slices_of_all(direct: bool) -> None:
     assert on_workers(3, gathered, 8, direct) == [[0, 0, 1, 1, 2, 2, 2, 2]] * 3
 
 
-def tiny() -> list[Any]:
+def tiny(way: str) -> list[Any]:
     """Gradients of a model of two parameters, twice, with owners that change in between."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     net = nn.Linear(1, 1)
     ddp = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    gradients = GradientSum(ddp)
+    with only(way):
+        gradients = GradientSum(ddp)
     seen: list[Any] = []
     for owners in [(0, 1, 2, 0), (2, 0, 1, 2)]:
         net.zero_grad(set_to_none=True)
@@ -70,17 +67,19 @@ def tiny() -> list[Any]:
     return seen
 
 
-def test_more_workers_than_elements_and_owners_that_change() -> None:
-    assert on_workers(3, tiny) == [[[15, 4], [15, 4]]] * 3
+@pytest.mark.parametrize("way", WAYS)
+def test_more_workers_than_elements_and_owners_that_change(way: str) -> None:
+    assert on_workers(3, tiny, way) == [[[15, 4], [15, 4]]] * 3
 
 
-class Counting(GradientSum):
-    """Knows of how many buckets it kept the partial sums at once."""
+class Counting(Network):
+    """Knows of how many buffers it kept the partial sums at once."""
 
-    kept = 0
+    kept = buffers = 0
 
     def _start(self, *arguments: Any) -> Any:
         exchange = super()._start(*arguments)
+        self.buffers = len(self._exchanges) + 1
         self.kept = max(self.kept, sum(bool(e.parts) for e in (*self._exchanges, exchange)))
         return exchange
 
@@ -89,13 +88,14 @@ def kept() -> tuple[int, int]:
     """Of a small model's backward pass: buckets, and those whose partial sums were kept at once."""
     net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(12)))
     ddp = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=0.001)
-    gradients = Counting(ddp)
+    counting = Counting()
+    with patch.object(reduce, "exchange", return_value=counting):
+        gradients = GradientSum(ddp)
     for _ in range(2):  # DDP arranges its buckets after the first
         gradients.begin(reduce_plan((0, 1), dist.get_rank(), dist.get_world_size()))
         ddp(torch.ones(1, 16)).sum().backward()
-        buckets = len(gradients._exchanges)
         gradients.finish()
-    return buckets, gradients.kept
+    return counting.buffers, counting.kept
 
 
 def test_partial_sums_of_few_buckets_are_kept_at_once() -> None:

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from helpers import on_workers
+from helpers import WAYS, on_workers, only
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,8 +19,8 @@ from raygpt.data.stream import StepWindows
 from raygpt.model import GPT
 from raygpt.optim import build_optimizer, set_lr
 from raygpt.train import reduce
-from raygpt.train.reduce import LaneForest, Node, reduce_plan, tree_sum
 from raygpt.train.step import Stepper
+from raygpt.train.tree import LaneForest, Node, reduce_plan, tree_sum
 
 LANES, STEPS, MICRO, LR, CLIP, SEED = 8, 5, 2, 1e-2, 0.5, 7
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=72, dropout=0.1)
@@ -49,16 +49,17 @@ def weights(model: GPT) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def train(poisoned_step: int = -1, modern: bool = False) -> list[Any]:
+def train(poisoned_step: int = -1, modern: bool = False, way: str = "memory") -> list[Any]:
     """A few steps on this process's lanes: of each its loss, norm and hash; then the weights."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     model, optimizer = build(modern)
     with patch.multiple(reduce, BUCKET_MB=SMALL_MB, LARGE_MB=SMALL_MB):
         ddp = reduce.data_parallel(model)
-    stepper = Stepper(
-        model, ddp, optimizer, lanes=LANES, micro=MICRO, grad_clip=CLIP,
-        device=torch.device("cpu"), dtype=torch.float32, seed=SEED,
-    )  # fmt: skip
+    with only(way):
+        stepper = Stepper(
+            model, ddp, optimizer, lanes=LANES, micro=MICRO, grad_clip=CLIP,
+            device=torch.device("cpu"), dtype=torch.float32, seed=SEED,
+        )  # fmt: skip
     seen: list[Any] = []
     for step in range(SEGMENTS.start, SEGMENTS.stop):
         segment = SEGMENTS.of_step(step)
@@ -135,11 +136,12 @@ def test_one_worker_computes_the_definition(one_worker: list[Any]) -> None:
     assert one_worker == reference()
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("world_size", [2, 3, 4, 5, 7, 8])
 def test_every_number_of_workers_gives_the_same_bits(
-    world_size: int, one_worker: list[Any]
+    world_size: int, way: str, one_worker: list[Any]
 ) -> None:
-    assert on_workers(world_size, train) == [one_worker] * world_size
+    assert on_workers(world_size, train, -1, False, way) == [one_worker] * world_size
 
 
 def test_the_modern_recipe_keeps_its_bits(one_worker: list[Any]) -> None:

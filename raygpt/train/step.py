@@ -21,7 +21,8 @@ from raygpt.data.hashes import lane_hash
 from raygpt.data.stream import StepWindows
 from raygpt.optim import set_lr
 from raygpt.train.profile import Part
-from raygpt.train.reduce import GradientSum, ReducePlan, reduce_plan
+from raygpt.train.reduce import GradientSum
+from raygpt.train.tree import ReducePlan, reduce_plan
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 _Told = tuple[list[float], tuple[str, ...], tuple[int, ...], tuple[int, ...], float]

@@ -1,0 +1,116 @@
+"""The order of the canonical sum, fixed by lane numbers: a pure function of who has which lanes.
+
+A binary tree over the lanes whose top bit pairs first, ``node(j, m) = node(j - 1, m) +
+node(j - 1, m + L / 2**j)``.  What a worker's own lanes form of it is a forest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from torch import Tensor
+
+Node = tuple[int, int]
+"""(j, m): the sum of the lanes l = m (mod L / 2**j)."""
+
+
+def lane_order(lanes: Sequence[int], total: int) -> list[int]:
+    """The lanes of a worker so that those of a subtree follow each other (bits reversed)."""
+    bits = total.bit_length() - 1
+    return sorted(lanes, key=lambda lane: int(f"{lane:0{bits}b}"[::-1], 2) if bits else 0)
+
+
+def sibling(node: Node, total: int) -> Node:
+    """The node that ``node`` is added to; not for the root."""
+    level, index = node
+    return level, index ^ (total >> (level + 1))
+
+
+def parent(node: Node, total: int) -> Node:
+    level, index = node
+    return level + 1, index & ((total >> (level + 1)) - 1)
+
+
+class LaneForest:
+    """What is left when lanes are added up as far as they form complete subtrees.
+
+    ``merges[lane]`` says with which waiting nodes a lane's sum is merged when it comes, in
+    order; ``roots`` are the nodes that remain, in the order in which they were begun.
+    """
+
+    def __init__(self, lanes: Sequence[int], total: int) -> None:
+        self.order = lane_order(lanes, total)
+        self.merges: dict[int, list[Node]] = {}
+        self.nodes: dict[int, Node] = {}
+        waiting: dict[Node, None] = {}
+        for lane in self.order:
+            node: Node = (0, lane)
+            self.merges[lane] = []
+            while node[0] < total.bit_length() - 1 and sibling(node, total) in waiting:
+                other = sibling(node, total)
+                del waiting[other]
+                self.merges[lane].append(other)
+                node = parent(node, total)
+            waiting[node] = None
+            self.nodes[lane] = node
+        self.roots = list(waiting)
+
+
+@dataclass(frozen=True)
+class ReducePlan:
+    """Who adds what in a step; a function of the owners of the lanes."""
+
+    owners: tuple[int, ...]
+    rank: int
+    world_size: int
+    forest: LaneForest = field(compare=False)
+    parts: tuple[tuple[Node, ...], ...] = field(compare=False)
+    """Of each rank: the partial sums that it hands on."""
+
+    @property
+    def lanes(self) -> list[int]:
+        """This worker's lanes in the order in which it computes them."""
+        return self.forest.order
+
+    @property
+    def last_node(self) -> Node:
+        """What this worker's last lane completes: the last of its own partial sums."""
+        return self.forest.nodes[self.lanes[-1]]
+
+
+@lru_cache(maxsize=64)
+def reduce_plan(owners: tuple[int, ...], rank: int, world_size: int) -> ReducePlan:
+    """The plan for lanes that belong to ``owners`` (a rank a lane)."""
+    total = len(owners)
+    forests = [
+        LaneForest([lane for lane, owner in enumerate(owners) if owner == r], total)
+        for r in range(world_size)
+    ]
+    parts = tuple(tuple(forest.roots) for forest in forests)
+    return ReducePlan(owners, rank, world_size, forests[rank], parts)
+
+
+def tree_sum(values: dict[Node, Tensor], total: int, into: Node | None = None) -> Tensor:
+    """The sum at the root, added in place, level by level from the given complete cover.
+
+    With ``into`` it ends up in that node's tensor: which of two summands is overwritten makes
+    no difference to their sum.
+    """
+    values = dict(values)
+    for level in range(total.bit_length() - 1):
+        for node in sorted(node for node in values if node[0] == level):
+            if node in values:
+                target, other = sorted((node, sibling(node, total)))
+                if other == into:
+                    target, other = other, target
+                if target == into:
+                    into = parent(node, total)
+                values[parent(node, total)] = values.pop(target).add_(values.pop(other))
+    (root,) = values.values()
+    return root
+
+
+def slices_of(flat: Tensor, world_size: int) -> list[Tensor]:
+    """A slice for each worker: n // W elements, and for the last one the rest, too."""
+    size = len(flat) // world_size
+    return list(flat.split([size] * (world_size - 1) + [len(flat) - (world_size - 1) * size]))
