@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from raygpt.train import reduce
+from raygpt.train import reduce, shared
 from raygpt.train.network import Network
 from raygpt.train.shared import SharedMemory
 
@@ -26,6 +26,8 @@ TRAINED = (
 WEIGHTS_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 """The files of a small checkpoint."""
 WAYS: dict[str, type] = {"memory": SharedMemory, "network": Network}
+SMALL_BOARD = 2**14
+"""Bytes."""
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch._dynamo", "raygpt.train.step", "raygpt.train.saver"])
 
@@ -83,7 +85,7 @@ def on_workers(
 @contextmanager
 def only(way: str) -> Iterator[None]:
     """Of the :data:`WAYS`, how workers exchange sums that are set up within; workers of one machine
-    share its memory unless they are kept from it."""
+    share its memory unless they are kept from it.  Boards are so small that sums go in pieces."""
     ways: list[Any] = []
 
     def exchange(device: torch.device) -> Any:
@@ -91,7 +93,8 @@ def only(way: str) -> Iterator[None]:
         return ways[-1]
 
     found = reduce.exchange
-    with patch.object(reduce, "exchange", exchange):
+    small = patch.object(shared, "BOARD_BYTES", SMALL_BOARD)
+    with patch.object(reduce, "exchange", exchange), small:
         yield
     assert dist.get_world_size() == 1 or all(type(used) is WAYS[way] for used in ways)
 

@@ -31,7 +31,7 @@ from torch.distributed.constants import default_pg_timeout
 from raygpt.train.network import flat
 from raygpt.train.tree import Node, ReducePlan, slices_of, tree_sum
 
-BOARD_MB = 8
+BOARD_BYTES = 8 * 2**20
 """Of each worker; a piece is as large as fits there."""
 GONE = "another worker of this machine is gone"
 
@@ -160,7 +160,7 @@ def _new_board() -> BinaryIO:
     if sys.platform != "linux":
         raise OSError(errno.ENOSYS, "memory is shared on Linux only")
     board = os.fdopen(os.memfd_create("raygpt"), "r+b")
-    os.posix_fallocate(board.fileno(), 0, BOARD_MB * 2**20)  # later it would be a signal
+    os.posix_fallocate(board.fileno(), 0, BOARD_BYTES)  # later it would be a signal
     return board
 
 
