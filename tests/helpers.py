@@ -3,10 +3,11 @@
 import errno
 import multiprocessing
 import os
+import secrets
 import socket
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -100,10 +101,13 @@ def only(way: str) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A port of the loopback address that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """A port of the loopback address that nobody listens on; below those that the kernel gives to
+    connections (and above Ray's), which could take it before whoever asked listens."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def fill(disk: Path) -> Path:
