@@ -57,6 +57,11 @@ def all_reduce(buffers: list[Tensor]) -> None:
         work.wait()
 
 
+def meet() -> None:
+    """By gloo's smallest message."""
+    dist.all_reduce(torch.zeros(1))
+
+
 def compare(name: str, sizes: list[int], rounds: int) -> None:
     """What each of the processes does; rank 0 prints."""
     torch.set_num_threads(1)
@@ -69,7 +74,12 @@ def compare(name: str, sizes: list[int], rounds: int) -> None:
         partial(all_reduce, buffers),
     ]
     ours, messages, ddp = in_turns([partial(once, way, other) for way in ways], rounds)
+    sockets, gloo = in_turns([partial(once, way, other) for way in (memory._meet, meet)], rounds)
     if dist.get_rank() == 0:
+        print(
+            f"all workers meet: sockets {statistics.median(sockets):.3f} ms, gloo "
+            f"{statistics.median(gloo):.3f} ms, ratio {ratio(gloo, sockets)}"
+        )
         print(
             f"{name}, {dist.get_world_size()} workers, {4 * sum(sizes) / 1e6:.0f} MB: memory "
             f"{statistics.median(ours):.1f} ms, messages {statistics.median(messages):.1f} ms, "

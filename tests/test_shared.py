@@ -74,7 +74,7 @@ def in_vain(rank: int, port: int, end: Callable[[], None], said: Any) -> None:
     met, meetings = memory._meet, iter(range(100))
 
     def meet() -> None:
-        if next(meetings) == 2 + rank:
+        if next(meetings) == 3:
             end()
         met()
 

@@ -103,13 +103,18 @@ def _connected(address: str) -> socket.socket:
     template = socket.socket(socket.AF_UNIX)
     try:
         template.connect(address)
-        peer = template.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        if struct.unpack("3i", peer)[1] != os.getuid():
+        if not is_own(template):
             raise PermissionError(address)
     except BaseException:
         template.close()
         raise
     return template
+
+
+def is_own(peer: socket.socket) -> bool:
+    """Whether a process of this user is at the other end of a Unix socket."""
+    told = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return bool(struct.unpack("3i", told)[1] == os.getuid())
 
 
 def _ask(address: str, arguments: list[str]) -> bool:

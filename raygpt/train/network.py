@@ -11,11 +11,10 @@ added, for the last few exchanges until the end of the backward pass.
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raygpt.train.tree import Node, ReducePlan, slices_of, tree_sum
+from raygpt.train.tree import Node, ReducePlan, flat, slices_of, tree_sum
 
 EXCHANGES_AHEAD = 3
 """Exchanges whose partial sums may be on their way at once: with more, a worker holds up to a
@@ -104,13 +103,6 @@ class Network:
         for work in works:
             work.wait()
         self._exchanges.clear()
-
-
-def flat(tensors: list[Tensor]) -> Tensor:
-    """One tensor (n,) of all elements; a copy where there are several."""
-    if len(tensors) == 1:
-        return tensors[0].reshape(-1)
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def gather(buffer: Tensor, slices: list[Tensor], rank: int, direct: bool) -> list[dist.Work]:

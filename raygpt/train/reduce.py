@@ -6,7 +6,7 @@ left go, slice by slice, to the worker that owns the slice, which finishes the t
 order and hands the result to all: through memory where all workers share a machine's
 (``shared.py``), else by messages (``network.py``).
 
-The exchange begins bucket by bucket in a DDP communication hook, during the backward pass of the
+They are handed on bucket by bucket in a DDP communication hook, during the backward pass of the
 worker's last lane.  Large parameters are in no bucket: their gradients are exchanged where they
 lie, each in a hook of its own.
 

@@ -6,8 +6,8 @@ the boards of the others.  There is nothing that could happen beside the backwar
 comes after, piece by piece of what the caches hold.
 
 Boards are anonymous files, handed on through sockets: no names that could outlive a killed worker,
-and no limit as a container's /dev/shm has.  The same sockets say that a board is written, in a
-fiftieth of the time of gloo's smallest message, and that a worker is gone.
+and no limit as a container's /dev/shm has.  The same sockets say that a board is written, much
+sooner than gloo's smallest message, and that a worker is gone.
 
 What it gives up: systems other than Linux, and groups of several machines or network namespaces;
 they use the network.
@@ -18,7 +18,6 @@ import mmap
 import os
 import secrets
 import socket
-import struct
 import sys
 from contextlib import ExitStack, suppress
 from typing import BinaryIO
@@ -28,8 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
-from raygpt.train.network import flat
-from raygpt.train.tree import Node, ReducePlan, slices_of, tree_sum
+from raygpt.train.forked import is_own
+from raygpt.train.tree import Node, ReducePlan, flat, slices_of, tree_sum
 
 BOARD_BYTES = 8 * 2**20
 """Of each worker; a piece is as large as fits there."""
@@ -134,7 +133,7 @@ def shared_memory() -> SharedMemory | None:
             return None
         while len(peers) < world_size - 1:
             guest, _ = door.accept()
-            if _is_own(guest):
+            if is_own(guest):
                 peers.append(guest)
             else:
                 guest.close()
@@ -189,9 +188,3 @@ def _knock(name: int) -> socket.socket:
         peer.close()
         raise
     return peer
-
-
-def _is_own(guest: socket.socket) -> bool:
-    """Whether a process of the same user is at the other end."""
-    peer = guest.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return struct.unpack("3i", peer)[1] == os.getuid()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 Node = tuple[int, int]
@@ -114,3 +115,10 @@ def slices_of(flat: Tensor, world_size: int) -> list[Tensor]:
     """A slice for each worker: n // W elements, and for the last one the rest, too."""
     size = len(flat) // world_size
     return list(flat.split([size] * (world_size - 1) + [len(flat) - (world_size - 1) * size]))
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    """One tensor (n,) of all elements; a copy where there are several."""
+    if len(tensors) == 1:
+        return tensors[0].reshape(-1)
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
