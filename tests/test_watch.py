@@ -83,6 +83,7 @@ def test_a_run_can_be_watched(head: Head, reference: Reference) -> None:
         assert any(found[f"ray_raygpt_{name}"]["0"] == pytest.approx(value) for value in near)
     assert 0 < found["ray_raygpt_goodput"]["0"] <= 1 and found["ray_raygpt_mfu"]["0"] > 0
     (start,), slow = run.events("start"), run.events("straggler")
+    assert start["text"].endswith(", sums by shared memory"), "they are on one machine"
     address = start["machines"][0]["address"]  # at such a factor, each is slow beside the other
     assert [event["text"].split(" takes ")[0] for event in slow] == [
         f"worker {rank} on {address}" for rank in (0, 1)

@@ -39,6 +39,8 @@ class Network:
     """Sums buffers over workers, each worker a slice of them: :meth:`begin`, :meth:`take` of each
     buffer in the same order everywhere, :meth:`finish`."""
 
+    name = "messages"
+
     def __init__(self) -> None:
         self._exchanges: list[_Exchange] = []
 

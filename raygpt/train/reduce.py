@@ -71,6 +71,8 @@ class GradientSum:
         self._plan = reduce_plan((0,), 0, 1)
         self._waiting: dict[Node, Gradients] = {}
         self._exchange = exchange(next(iter(self._parameters)).device)
+        self.way = self._exchange.name
+        """On which sums go among workers."""
         self.exchange_ms = 0.0
         """What the backward pass of this step spent on other workers' sums."""
         model.register_comm_hook(None, self._hook)

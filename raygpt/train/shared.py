@@ -44,6 +44,8 @@ class SharedMemory:
         peers: to all other workers.
     """
 
+    name = "shared memory"
+
     def __init__(self, boards: list[Tensor], peers: list[socket.socket]) -> None:
         self._boards, self._peers = boards, peers
         self._taken: list[tuple[Tensor, list[list[Tensor]]]] = []

@@ -76,6 +76,7 @@ class Stepper:
         self._model, self._ddp, self._optimizer = model, ddp, optimizer
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._gradients = GradientSum(ddp, part)
+        self.way = self._gradients.way
         self._lanes, self._micro, self._grad_clip = lanes, micro, grad_clip
         self._device, self._dtype, self._seed = device, dtype, seed
         self._norm, self._part = torch.zeros(()), part

@@ -152,11 +152,12 @@ class Worker:
                     self.position.step,
                     f"steps from {first} on were saved by workers that outlived others",
                 )
+            way = f", sums by {self.stepper.way}" if self.world_size > 1 else ""
             self.log.event(
                 "start",
                 self.position.step,
                 f"{self.world_size} workers on {devices.describe(self.device)}, "
-                f"{str(self.dtype).removeprefix('torch.')}, {config.scale.threads} threads",
+                f"{str(self.dtype).removeprefix('torch.')}, {config.scale.threads} threads{way}",
                 machines=machines,
             )
         self.saver = Saver(
