@@ -102,7 +102,7 @@ def test_an_elastic_run_starts_with_what_is_there_and_grows(
     run = Run(growing, reference.settings, reference.storage, "elastic")
     wait(lambda: growing.machines() == 0, "the cluster is not empty")
     growing.allow(1)
-    process = run.start("--scale.workers", f"1:{MOST}", "--train.steps", "1000000")
+    process = run.start("--scale.workers", f"1:{MOST}", "--train.steps", "50000")
     wait_for(process, lambda: bool(run.rows()))
     assert run.rows()[0]["world_size"] == growing.machines() == 1
     growing.allow(MOST)

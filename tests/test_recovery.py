@@ -36,7 +36,7 @@ def test_a_spot_notice_costs_no_step(head: Head, reference: Reference) -> None:
             )
         ]
         nodes[0].wait()
-        process = run.start("--scale.workers", "3", "--train.steps", "1000000")
+        process = run.start("--scale.workers", "3", "--train.steps", "50000")
         try:
             wait_for(process, lambda: bool(run.rows()) and service.asked.is_set())
             service.end = time.time() + 60

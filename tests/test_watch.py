@@ -55,7 +55,7 @@ def wait(head: Head, condition: Callable[[dict[str, dict[str, float]]], bool]) -
 def test_a_run_can_be_watched(head: Head, reference: Reference) -> None:
     run = reference.run(reference.storage, "watched")
     process = run.start(
-        *("--train.steps", "1000000", "--train.eval_every", "100"),
+        *("--train.steps", "50000", "--train.eval_every", "100"),
         *("--train.straggler_factor", "0.01", "--train.profile", "4:6"),
         # One shape of tokens, since each is compiled for itself.
         *("--train.compile", "True", "--batch.ramp_start_tokens", "0", "--batch.ramp_tokens", "0"),

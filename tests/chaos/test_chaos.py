@@ -13,7 +13,7 @@ from chaos.runner import Disturber
 from chaos.schedule import Event
 from chaos.trial import Trial
 
-TOKENS = 4096
+TOKENS = 1024
 NODES = 3
 APART = 20
 """Steps between two events, at least."""

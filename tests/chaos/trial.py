@@ -34,7 +34,7 @@ class Trial:
 
     folder: Path
     name: str
-    steps: int = 1000000
+    steps: int = 50_000
     """The run's end, which its learning rate does not depend on."""
 
     @staticmethod
