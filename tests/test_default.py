@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-import pytest
 from troubled import start_here
 
 STEPS = 200
@@ -29,7 +28,6 @@ def children(pid: int) -> Iterator[tuple[str, str]]:
             yield " ".join(process.cmdline()), " ".join(parent.cmdline() if parent else [])
 
 
-@pytest.mark.xdist_group("ray")
 def test_the_default_learns_and_ends_with_a_sample(tmp_path: Path) -> None:
     """In fewer steps than the preset's; what all of them reach, benchmarks.recipes measures."""
     every, seen = str(STEPS // 2), set[tuple[str, str]]()

@@ -100,7 +100,7 @@ def test_a_runs_folder_holds_what_the_design_says(place: Place, quiet: str) -> N
     assert [row["step"] for row in rows if "val_loss" in row] == list(
         range(EVERY - 1, STEPS, EVERY)
     )
-    assert rows[0]["epoch"] == 0 and rows[-1]["epoch"] >= 3
+    assert rows[0]["epoch"] == 0 and rows[-1]["epoch"] >= 2
     assert rows[-1]["loss"] < rows[0]["loss"] - 1
     for row in rows[1:]:
         tokens = row["tokens"] - rows[row["step"] - 1]["tokens"]
@@ -272,7 +272,6 @@ def test_a_submitted_job_of_one_worker_trains_the_same_model(place: Place, quiet
     assert "error: unknown option --train.stepps; did you mean --train.steps?" in output
 
 
-@pytest.mark.xdist_group("ray")
 def test_gpt2_trains_on_its_own_tokens(tmp_path: Path) -> None:
     """The 124M preset on this machine, 8 small steps: it begins at chance and falls."""
     small = ("--batch.tokens", "128", "--batch.lanes", "1", "--batch.micro", "1")
