@@ -30,6 +30,7 @@ ELSEWHERE = {
 """Where the others are tried, each alone."""
 
 
+@pytest.mark.xdist_group("ray")
 @pytest.mark.timeout(1500)  # a busy machine may take long; a recovery has its own limit
 def test_a_run_that_meets_faults(tmp_path: Path) -> None:
     """It loses processes, machines and its cluster, and nobody can tell."""
