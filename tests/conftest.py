@@ -39,8 +39,8 @@ from raygpt.data.prepare import prepare
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with a cluster run one after the other: Ray gives a node 30 s to start, and those of two
-    clusters would take the processors from each other."""
+    """Tests with a cluster run one after the other: Ray gives a node 30 s to start, and two
+    clusters at once would take the processors from each other."""
     for item in items:
         if {"ray_session", "head"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("ray"))
