@@ -22,7 +22,7 @@ SETTINGS = f"""
 run: {{storage: STORAGE}}
 data: {{corpus: CORPUS}}
 model: {{n_layer: 2, n_head: 2, n_embd: 32, block_size: 32, vocab_size: 264, dropout: 0.1}}
-batch: {{tokens: 1024, lanes: 4, micro: 5, ramp_start_tokens: 256, ramp_tokens: 20000}}
+batch: {{tokens: 1024, lanes: 4, micro: 5, ramp_start_tokens: 256, ramp_tokens: 10000}}
 optim: {{max_lr: 3.0e-3, min_lr: null, warmup_steps: 20, grad_clip: 1.0}}
 train:
   {{steps: {STEPS}, checkpoint_every: {EVERY}, eval_every: {EVERY}, eval_tokens: 8192,
