@@ -76,9 +76,9 @@ def head() -> Iterator[Head]:
 
 
 @pytest.fixture(scope="session")
-def reference(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """A short run without trouble, for those whose storage is in trouble."""
-    return Reference(head, tmp_path_factory.mktemp("reference"))
+    return Reference(tmp_path_factory.mktemp("reference"))
 
 
 @contextlib.contextmanager

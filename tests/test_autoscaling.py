@@ -99,7 +99,7 @@ def test_an_elastic_run_starts_with_what_is_there_and_grows(
     growing: AutoscalingHead, reference: Reference
 ) -> None:
     """From an empty cluster, which is empty again after it."""
-    run = Run(growing, reference.settings, reference.storage, "elastic")
+    run = Run(reference.settings, reference.storage, "elastic", growing)
     wait(lambda: growing.machines() == 0, "the cluster is not empty")
     growing.allow(1)
     process = run.start("--scale.workers", f"1:{MOST}", "--train.steps", "50000")

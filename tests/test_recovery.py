@@ -9,7 +9,7 @@ from troubled import EVERY, Reference, finish, wait_for
 
 
 def test_ctrl_c_ends_in_a_checkpoint(head: Head, reference: Reference) -> None:
-    run = reference.run(str(reference.settings.parent / "storage"), "interrupted")
+    run = reference.run(str(reference.settings.parent / "storage"), "interrupted", head)
     process = run.start()
     wait_for(process, lambda: len(run.rows()) > EVERY // 2)
     process.send_signal(signal.SIGINT)
@@ -26,7 +26,7 @@ def test_ctrl_c_ends_in_a_checkpoint(head: Head, reference: Reference) -> None:
 def test_a_spot_notice_costs_no_step(head: Head, reference: Reference) -> None:
     """A machine that will go is left before it goes, also by a run of a fixed size; it goes on
     where there is room again, and nobody comes back to that machine."""
-    run = reference.run(reference.storage, "noticed")
+    run = reference.run(reference.storage, "noticed", head)
     with Metadata() as service:
         nodes = [
             head.add_node(

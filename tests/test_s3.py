@@ -105,7 +105,7 @@ def test_a_run_on_a_store_that_goes_away_and_falls_silent(
     The store is away while a checkpoint is uploaded, away again when workers that replace others
     start, and silent once.
     """
-    run = reference.run(s3.uri(server.port, "runs"), "troubled")
+    run = reference.run(s3.uri(server.port, "runs"), "troubled", head)
     storage = s3.uri(way.port, "runs")
 
     way.break_at(f"checkpoint_{EVERY:08d}/model.safetensors?partNumber")

@@ -53,7 +53,7 @@ def wait(head: Head, condition: Callable[[dict[str, dict[str, float]]], bool]) -
 
 
 def test_a_run_can_be_watched(head: Head, reference: Reference) -> None:
-    run = reference.run(reference.storage, "watched")
+    run = reference.run(reference.storage, "watched", head)
     process = run.start(
         *("--train.steps", "50000", "--train.eval_every", "100"),
         *("--train.straggler_factor", "0.01", "--train.profile", "4:6"),

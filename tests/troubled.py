@@ -47,15 +47,20 @@ def start_here(*arguments: str) -> "subprocess.Popen[str]":
 
 
 class Run:
-    """A run of these settings, somewhere."""
+    """A run of these settings, somewhere.
 
-    def __init__(self, head: Head, settings: Path, storage: str, name: str) -> None:
+    Args:
+        head: of the cluster that gets its jobs, if it is to have any.
+    """
+
+    def __init__(self, settings: Path, storage: str, name: str, head: Head | None = None) -> None:
         self._head, self._settings = head, settings
         self.storage, self.name = storage, name
         self.folder = Folder.from_path(storage).child(name)
 
     def start(self, *more: str, storage: str | None = None) -> "subprocess.Popen[str]":
         """Submit it, by default as tests see it; ``storage`` is another way to the same place."""
+        assert self._head is not None
         return self._head.start("python", "jobs/train.py", *self._arguments(storage), *more)
 
     def start_here(self, *more: str, storage: str | None = None) -> "subprocess.Popen[str]":
@@ -92,8 +97,8 @@ class Run:
 class Reference:
     """The same run without any trouble, called ``quiet``: on this machine, without a cluster."""
 
-    def __init__(self, head: Head, folder: Path) -> None:
-        self._head, self.settings = head, folder / "run.yaml"
+    def __init__(self, folder: Path) -> None:
+        self.settings = folder / "run.yaml"
         text = (resources.files("raygpt") / "assets" / "tinyshakespeare.txt").read_bytes()[:60_000]
         (folder / "text.txt").write_bytes(text)
         corpus = str(folder / "corpus")
@@ -109,8 +114,8 @@ class Reference:
         self.result = run.result()
         assert [row["step"] for row in self.result[1]] == list(range(STEPS))
 
-    def run(self, storage: str, name: str) -> Run:
-        return Run(self._head, self.settings, storage, name)
+    def run(self, storage: str, name: str, head: Head | None = None) -> Run:
+        return Run(self.settings, storage, name, head)
 
 
 def wait_for(

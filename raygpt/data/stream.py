@@ -32,6 +32,7 @@ from raygpt.data.reader import ReadPlan, WindowReader, shared_reader
 
 PACE_SECONDS = 0.05
 """A pause for each turn of Ray Data's loop."""
+LONGEST_PAUSE_SECONDS = 1.0
 _SCHEMA = pa.schema(
     [("lane", pa.int64()), ("first_step", pa.int64()), ("windows", pa.large_binary())]
 )
@@ -95,10 +96,26 @@ def window_dataset(
 
 class Paced(ExecutionCallback):
     """Gives Ray Data's loop a pause: it waits for tasks that run, but while none does, since the
-    workers have enough, it turns as fast as it can, for as long as the run lasts."""
+    workers have enough, it turns as fast as it can, for as long as the run lasts.
 
-    def on_execution_step(self, executor: object) -> None:
-        time.sleep(PACE_SECONDS)
+    A turn takes milliseconds from a worker, and the others wait for that one.  So where nothing
+    has happened since the last turn, the pause doubles: it is about as long as the time for which
+    nothing happened, and what happens next waits no longer than that.
+    """
+
+    def __init__(self) -> None:
+        self._pause = PACE_SECONDS
+        self._seen: list[tuple[int, int, int]] = []
+
+    def on_execution_step(self, executor: Any) -> None:
+        seen = [
+            (op.num_active_tasks(), state.num_completed_tasks, state.total_enqueued_output_blocks())
+            for op, state in executor._topology.items()
+        ]
+        resting = seen == self._seen and not any(active for active, *_ in seen)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS) if resting else PACE_SECONDS
+        self._seen = seen
+        time.sleep(self._pause)
 
 
 class StreamConfig(DataConfig):
