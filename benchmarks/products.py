@@ -3,7 +3,8 @@
     python -m benchmarks.products [--workers 2] [--threads 1]
 
 Prints GFLOP/s of each worker, the median over some seconds: the best moments of a shared machine
-are far above what it gives for long.
+are far above what it gives for long.  And what would be left if they waited for each other once a
+second, as workers do that train: the cores of a shared machine are not equally fast at each moment.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -25,20 +27,37 @@ SECONDS = 8.0
 def _multiply(threads: int, folder: str) -> None:
     torch.set_num_threads(threads)
     a, b, product = (torch.randn(SIZE, SIZE) for _ in range(3))
-    rates = []
     dist.barrier()
-    end = time.perf_counter() + SECONDS
-    while (began := time.perf_counter()) < end:
+    times = [time.perf_counter()]
+    while times[-1] < times[0] + SECONDS:
         torch.mm(a, b, out=product)
-        rates.append(2 * SIZE**3 / (time.perf_counter() - began))
-    (Path(folder) / str(dist.get_rank())).write_text(str(statistics.median(rates)))
+        times.append(time.perf_counter())
+    np.save(Path(folder) / f"{dist.get_rank()}.npy", times)
+
+
+def _times(workers: int, threads: int) -> list[np.ndarray]:
+    """Of each worker, when its first product began and when each ended; one clock for all."""
+    with tempfile.TemporaryDirectory() as folder:
+        on_processes(workers, _multiply, threads, folder)
+        return [np.load(Path(folder) / f"{rank}.npy") for rank in range(workers)]
+
+
+def _rate(times: np.ndarray) -> float:
+    """FLOP/s."""
+    return 2 * SIZE**3 / statistics.median(np.diff(times))
 
 
 def product_rates(workers: int, threads: int) -> list[float]:
     """FLOP/s of each worker."""
-    with tempfile.TemporaryDirectory() as folder:
-        on_processes(workers, _multiply, threads, folder)
-        return [float((Path(folder) / str(rank)).read_text()) for rank in range(workers)]
+    return [_rate(times) for times in _times(workers, threads)]
+
+
+def _in_step(times: list[np.ndarray]) -> float:
+    """The share of all products that is left if the slowest worker of each second counts."""
+    first = max(each[0] for each in times)
+    seconds = np.arange(first, min(each[-1] for each in times))
+    done = np.array([np.diff(np.interp(seconds, each, np.arange(len(each)))) for each in times])
+    return float(done.min(0).sum() / done.mean(0).sum())
 
 
 def main() -> None:
@@ -46,8 +65,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    for rate in product_rates(arguments.workers, arguments.threads):
-        print(f"{rate / 1e9:.0f} GFLOP/s")
+    times = _times(arguments.workers, arguments.threads)
+    for each in times:
+        print(f"{_rate(each) / 1e9:.0f} GFLOP/s")
+    if len(times) > 1:
+        print(f"if they wait for each other once a second: {_in_step(times):.2f} of it")
 
 
 if __name__ == "__main__":

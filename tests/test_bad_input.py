@@ -81,7 +81,8 @@ def test_prepare_refuses(job: Job, tmp_path: Path, ray_session: None, name: str)
     before = set(tmp_path.rglob("*"))
     status, out, err = job("prepare", "--input", tmp_path / name, "--output", tmp_path / "corpus")
     (line,) = err.splitlines()
-    assert status == 2 and line.startswith("error: ") and out == ""
+    assert status == 2 and line.startswith("error: ")
+    assert all(text.startswith("prepared ") for text in out.splitlines()), "more than progress"
     assert all(part in line for part in said), line
     assert not (tmp_path / "corpus" / "manifest.json").exists()
     assert {path for path in tmp_path.rglob("*") if path.is_file()} <= before

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ class Saved(NamedTuple):
     weights: str | None
     """Hash of the checkpoint, where one was given."""
     thread: str
+    niceness: int
 
 
 class Worker:
@@ -63,9 +65,9 @@ class Worker:
         self.run.train(1, seed=self.step)
         self.step += 1
 
-    def begin(self) -> None:
+    def begin(self, beside: bool = True) -> None:
         position = Position(step=self.step)
-        self.saver.begin(position, self.run.model, self.run.optimizer)
+        self.saver.begin(position, self.run.model, self.run.optimizer, beside)
 
     def save_elsewhere(self, path: Path) -> None:
         """The same state in one process and in the foreground."""
@@ -80,6 +82,7 @@ class Worker:
                 len(read_json_lines(self.folder, METRICS)),
                 checkpoint.weights_sha256 if checkpoint else None,
                 threading.current_thread().name,
+                os.getpriority(os.PRIO_PROCESS, threading.get_native_id()),
             )
         )
 
@@ -145,10 +148,11 @@ def behind_a_gate(path: Path, reference: Path) -> dict[str, Any]:
             worker.train()
         seen["while closed"] = is_finished(worker.folder, 1), list(worker.saved)
         threading.Timer(0.3, gate.set).start()
-        worker.begin()
+        worker.begin(beside=False)
         seen["begun"] = gate.is_set(), is_finished(worker.folder, 1), len(worker.saved)
         worker.saver.wait()
         seen["done"] = is_finished(worker.folder, 4), len(worker.saved)
+        seen["niceness"] = [saved.niceness for saved in worker.saved]
     worker.close()
     return seen
 
@@ -206,6 +210,8 @@ def test_workers_write_what_one_process_would(played: Played) -> None:
 def test_training_goes_on_and_the_next_checkpoint_waits(played: Played) -> None:
     run, reference = played.folder / "gate", played.folder / "gate-reference"
     for _, seen in played.results:
+        beside, alone = seen.pop("niceness")
+        assert beside == 19 and alone < beside, "training waits for it"
         assert seen == {
             "while closed": (False, []), "begun": (True, True, 1), "done": (True, 2),
         }  # fmt: skip

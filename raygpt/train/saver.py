@@ -74,10 +74,20 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def begin(self, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def begin(
+        self,
+        position: Position,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        beside: bool = True,
+    ) -> None:
         """Begin with the checkpoint of a position; every worker calls it.
 
         Waits for the checkpoint before this one, and raises what stopped it.
+
+        Args:
+            beside: training goes on meanwhile, and goes first.  If it ends here, nothing does: a
+                job that is stopped has seconds, perhaps on a machine that others fill.
         """
         self.wait()
         parts = share_of(cut_into_parts(model, optimizer), self._rank, self._world_size)
@@ -85,7 +95,7 @@ class Saver:
         self._copied.clear()
         self._copier.mark()
         self._thread = threading.Thread(
-            target=self._save, args=(position, parts), name="save", daemon=True
+            target=self._save, args=(position, parts, beside), name="save", daemon=True
         )
         self._thread.start()
 
@@ -112,11 +122,12 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def _save(self, position: Position, parts: list[Part]) -> None:
+    def _save(self, position: Position, parts: list[Part], beside: bool) -> None:
         try:
             if self._at_once:
                 self._copy_what_is_left()
-            _give_way()
+            if beside:
+                _give_way()
             self._store(position, parts)
         except BaseException as error:  # for the loop, which takes it in its own thread
             self._error = error

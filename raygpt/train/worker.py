@@ -334,7 +334,7 @@ class Worker:
         every, last = self.config.train.checkpoint_every, p.step == self.config.train.steps
         if not (now or best or last or p.step % every == 0):
             return
-        self.saver.begin(p, self.model, self.optimizer)
+        self.saver.begin(p, self.model, self.optimizer, beside=not (now or last))
 
     def _has_saved(self, position: Position, checkpoint: checkpoints.Checkpoint | None) -> None:
         """A checkpoint counts: report it to Ray Train; called in the background."""
