@@ -102,8 +102,11 @@ class Head:
         environment: dict[str, str] | None = None,
     ) -> None:
         self._cpus, self._options = cpus, options
-        keep = {"RAY_idle_worker_killing_time_threshold_ms": "600000"}  # as in cluster.yaml
-        self._node_environment = keep | (environment or {})
+        as_in_cluster_yaml = {
+            "RAY_idle_worker_killing_time_threshold_ms": "600000",
+            "RAY_JOB_STOP_WAIT_TIME_S": "120",  # a busy machine needs longer than Ray's own 3
+        }
+        self._node_environment = as_in_cluster_yaml | (environment or {})
         self.host = host or LocalHost()
         # Ray's sockets lie in it, and their paths must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="raygpt-"))
