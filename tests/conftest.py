@@ -40,13 +40,10 @@ from raygpt.data.prepare import prepare
 @pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with a cluster run one after the other: Ray gives a node 30 s to start, and two
-    clusters at once would take the processors from each other.  Those with a Ray in their own
-    process run beside them."""
+    clusters at once would take the processors from each other."""
     for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        for fixture, group in (("head", "ray"), ("ray_session", "session")):
-            if fixture in fixtures:
-                item.add_marker(pytest.mark.xdist_group(group))
+        if {"ray_session", "head"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(scope="session")
