@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -82,7 +83,8 @@ def test_prepare_refuses(job: Job, tmp_path: Path, ray_session: None, name: str)
     status, out, err = job("prepare", "--input", tmp_path / name, "--output", tmp_path / "corpus")
     (line,) = err.splitlines()
     assert status == 2 and line.startswith("error: ")
-    assert all(text.startswith("prepared ") for text in out.splitlines()), "more than progress"
+    # What it says every ten seconds, on a busy machine, and nothing else.
+    assert re.fullmatch(r"(prepared [01] of 1 fragments\n)*", out)
     assert all(part in line for part in said), line
     assert not (tmp_path / "corpus" / "manifest.json").exists()
     assert {path for path in tmp_path.rglob("*") if path.is_file()} <= before
