@@ -118,7 +118,7 @@ def rows(asked: int) -> Iterator[Row]:
     finally:
         stream.Paced = paced  # type: ignore[misc]
         ray.shutdown()
-    steady = f"the same, {1000 * stream.PACE_SECONDS:.0f} ms of pause in each turn"
+    steady = f"Ray Data's loop, {1000 * stream.PACE_SECONDS:.0f} ms of pause in each turn"
     for name, theirs in zip((steady, "Ray Data's loop as it is"), others, strict=True):
         yield Row(
             "matrix products beside an open stream, 2 workers",
