@@ -156,6 +156,11 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="compare with plain Ray Train")
     parser.add_argument("--output", type=Path, default=Path("docs/chaos"))
     arguments = parser.parse_args()
+    for name, least in (("events", 1), ("nodes", 2), ("apart", 1)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name}: {least} at least")
+    if not arguments.output.parent.is_dir():  # it is written at the end, an hour later
+        parser.error(f"--output: there is no folder {arguments.output.parent}")
     steps = 2 * arguments.apart * (arguments.events + 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

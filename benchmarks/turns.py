@@ -45,7 +45,9 @@ def add_rounds(parser: argparse.ArgumentParser, usual: int, short: int) -> None:
 
 def rounds(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     """How many rounds were asked for; ends the program if they are too few."""
-    asked: int = arguments.rounds or (arguments.few if arguments.short else arguments.usual)
+    asked: int | None = arguments.rounds
+    if asked is None:
+        asked = int(arguments.few if arguments.short else arguments.usual)
     if asked < 2:
         parser.error("--rounds: two at least, for the quartiles")
     return asked

@@ -14,6 +14,7 @@ Same sizes, same batch, in turns; speed is measured as in :mod:`benchmarks.step`
 
 import argparse
 import statistics
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -46,6 +47,13 @@ def rows(asked: int, cases: Iterable[str] = USUAL, litgpt: str = "") -> Iterator
             )
 
 
+def has_litgpt(python: str) -> bool:
+    try:
+        return not subprocess.run([python, "-c", "import litgpt"], capture_output=True).returncode
+    except OSError:
+        return False
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_rounds(parser, usual=5, short=2)
@@ -53,6 +61,8 @@ def main() -> None:
     parser.add_argument("--litgpt", default="", help="a Python that has litgpt")
     arguments = parser.parse_args()
     asked = rounds(parser, arguments)
+    if arguments.litgpt and not has_litgpt(arguments.litgpt):
+        parser.error(f"--litgpt: {arguments.litgpt} is no Python that can import litgpt")
     print(machine())
     for row in rows(asked, arguments.case, arguments.litgpt):
         print(row, flush=True)
