@@ -108,6 +108,10 @@ def test_an_elastic_run_starts_with_what_is_there_and_grows(
     growing.allow(MOST)
     wait_for(process, lambda: run.rows()[-1]["world_size"] == MOST)
     assert growing.machines() == MOST
+    templates = {worker.parent() for worker in growing.nodes[0].workers()}
+    alone = max(row["time"] for row in run.rows() if row["world_size"] == 1)
+    assert len(templates) == MOST
+    assert all(t and t.create_time() < alone for t in templates), "training waits for its imports"
     process.terminate()
     finish(process, status=128 + signal.SIGTERM)
     assert run.redone() == []

@@ -1,6 +1,7 @@
 """Which machines an elastic run counts on."""
 
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,20 +82,73 @@ class Policy(machines.LivingMachines):
         return SimpleNamespace(get_reserved_resources=SimpleNamespace(remote=remote))
 
 
+class Scouts:
+    """Those that were sent, and the machines that have become ready."""
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+        self.ready: set[str] = set()
+
+    def send(self, node: str) -> tuple[Any, Any]:
+        self.sent.append(node)
+        return None, node
+
+    def wait(self, references: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        assert timeout == 0, "the controller has other things to do"
+        return [node for node in references if node in self.ready], []
+
+
 @pytest.fixture
-def policy(cluster: None, monkeypatch: pytest.MonkeyPatch) -> Policy:
+def scouts(monkeypatch: pytest.MonkeyPatch) -> Scouts:
+    scouts = Scouts()
+    monkeypatch.setattr(machines, "send_scout", scouts.send)
+    monkeypatch.setattr(ray, "wait", scouts.wait)
+    return scouts
+
+
+@pytest.fixture
+def policy(cluster: None, scouts: Scouts, monkeypatch: pytest.MonkeyPatch) -> Policy:
     monkeypatch.setattr(ray, "get", lambda value, timeout: value)
     scaling: Any = ScalingConfig(num_workers=(1, 8), resources_per_worker=CPU)
     return Policy(scaling)
 
 
-def test_the_sizes_of_groups_follow(policy: Policy) -> None:
+def test_the_sizes_of_groups_follow(policy: Policy, scouts: Scouts) -> None:
+    """A machine that came later counts once a worker could start there at once."""
     start: Any = policy.make_decision_for_non_running_worker_group()
-    assert start.num_workers == 1
-    group: Any = SimpleNamespace(start_time=-1e9, num_workers=1)
-    status: Any = None
-    resize: Any = policy.make_decision_for_running_worker_group(group, status)
-    assert resize.num_workers == 2
+    assert start.num_workers == 1 and scouts.sent == [], "nothing waits for it"
+    for ready, workers in ((False, 1), (False, 1), (True, 2), (True, 2)):
+        if ready:
+            scouts.ready.add("silent")
+        group: Any = SimpleNamespace(start_time=-1e9, num_workers=1)
+        status: Any = None
+        policy._latest_monitor_time = -1e9
+        decision: Any = policy.make_decision_for_running_worker_group(group, status)
+        assert getattr(decision, "num_workers", 1) == workers
+    assert scouts.sent == ["silent"], "once"
+
+
+def test_machines_that_come_together_count_together(
+    scouts: Scouts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But one that never becomes ready holds nobody up for long."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    newcomers = machines.Newcomers()
+    newcomers.add_known(["old", "gone"])
+    scouts.ready.add("first")
+    assert newcomers.choose(["old", "first", "second"]) == {"old"}
+    now = machines.TOGETHER_SECONDS
+    scouts.ready.add("second")
+    assert newcomers.choose(["old", "first", "second"]) == {"old", "first", "second"}
+
+    scouts.ready.add("third")
+    nodes = ["first", "second", "third", "stuck"]
+    assert newcomers.choose(nodes) == {"first", "second"}
+    now += machines.TOGETHER_SECONDS + 1
+    assert newcomers.choose(nodes) == {"first", "second", "third"}
+    assert newcomers.choose([*nodes, "fourth"]) == {"first", "second", "third"}
+    assert sorted(scouts.sent) == ["first", "fourth", "second", "stuck", "third"]
 
 
 def test_a_cluster_that_cannot_be_asked_changes_nothing(

@@ -32,7 +32,7 @@ from raygpt.train.callbacks import Drains, Farewell, Judge, NoSnapshots, Timekee
 from raygpt.train.job import Job
 from raygpt.train.machines import LivingMachines
 
-RESIZE_CHECK_SECONDS = 5.0
+RESIZE_CHECK_SECONDS = 2.0
 """How often Ray Train looks whether an elastic run can have more workers."""
 
 
@@ -65,7 +65,7 @@ class Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
         if isinstance(arguments["scaling_policy"], ElasticScalingPolicy):
-            arguments["scaling_policy"] = LivingMachines(self.scaling_config)  # type: ignore[arg-type]
+            arguments["scaling_policy"] = LivingMachines(self.scaling_config)
         if self._alone:  # another process, in case that the driver dies and the cluster lives on
             arguments["callbacks"] = [
                 callback
