@@ -77,8 +77,13 @@ def head() -> Iterator[Head]:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """A short run without trouble, for those whose storage is in trouble."""
-    return Reference(tmp_path_factory.mktemp("reference"))
+    """A short run without trouble, for those that meet some; one for all test processes."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder /= "reference"
+    folder.mkdir(exist_ok=True)
+    return Reference(folder)
 
 
 @contextlib.contextmanager

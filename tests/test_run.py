@@ -25,7 +25,7 @@ from raygpt.settings import load_settings
 from raygpt.storage import Folder
 from raygpt.train.checkpoints import METADATA, checkpoint_name, steps_of
 
-STREAMED = ("--data.segment_steps", "17")
+STREAMED = ("--data.segment_steps", "29")
 """Ray Data brings most of the tokens; workers read those of the undisturbed run themselves."""
 KEYS = {
     *("step", "tokens", "loss", "lr", "grad_norm", "step_ms", "tokens_per_s", "mfu"),
@@ -191,26 +191,28 @@ def test_a_cluster_that_is_too_small_is_told_at_once(place: Place) -> None:
     assert not (place.storage / "large").exists()
 
 
-def test_ten_steps_that_are_not_finite_end_the_run(place: Place) -> None:
+def test_ten_steps_that_are_not_finite_end_the_run(reference: Reference) -> None:
     """Weights that overflow: the last step that counted is the one that made them."""
-    output = place.train("wild", "--optim.max_lr", "1e30", "--optim.warmup_steps", "0", status=2)
+    run = reference.run(reference.storage, "wild")
+    output = finish(run.start_here("--optim.max_lr", "1e30", "--optim.warmup_steps", "0"), 2)
     (error,) = (line for line in output.splitlines() if line.startswith("error: "))
     assert "not finite in 10 steps in a row" in error and "lower optim.max_lr" in error
-    rows = place.rows("wild")
+    rows = run.rows()
     assert [row["loss"] is None for row in rows[-10:]] == [True] * 10
     assert rows[-1]["skipped"] >= 10
 
 
-def test_a_shard_that_changed_ends_the_run(place: Place, tmp_path: Path) -> None:
+def test_a_shard_that_changed_ends_the_run(reference: Reference, tmp_path: Path) -> None:
     """Bytes changed in place: the worker or read task that meets them names file and row group."""
     corpus = tmp_path / "corpus"
-    shutil.copytree(place.storage.parent / "corpus", corpus)
+    shutil.copytree(Path(reference.storage).parent / "corpus", corpus)
     shard = corpus / "train-00000.parquet"
     data = bytearray(shard.read_bytes())
     for position in range(100, len(data) // 2, 50):
         data[position] ^= 1
     shard.write_bytes(data)
-    output = place.train("damaged", "--data.corpus", str(corpus), status=2)
+    run = reference.run(reference.storage, "damaged")
+    output = finish(run.start_here("--data.corpus", str(corpus), *STREAMED), status=2)
     (error,) = (line for line in output.splitlines() if line.startswith("error: "))
     assert f"{shard}, row group" in error
     assert "Traceback" not in output
@@ -279,7 +281,7 @@ def test_gpt2_trains_on_its_own_tokens(tmp_path: Path) -> None:
         *("gpt2", "--data.corpus", "embedded", "--run.storage", str(tmp_path), *small),
         *("--model.block_size", "128", "--train.steps", "8", "--train.eval_tokens", "0"),
         *("--optim.warmup_steps", "3", "--train.sample_tokens", "5", "--train.precision", "fp32"),
-        *("--scale.gpus_per_worker", "0", "--scale.threads", "2"),
+        *("--scale.gpus_per_worker", "0"),
     )
     finish(process)
     lines = (tmp_path / "gpt2" / "metrics.jsonl").read_text().splitlines()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 import urllib.request
@@ -12,13 +13,14 @@ from typing import Any
 
 import pytest
 from head import ROOT, Head
-from troubled import Reference, finish, wait_for
+from troubled import Reference, Run, finish, wait_for
 
 from raygpt.train.gauges import NAMES
 
 DEADLINE_SECONDS = 90.0
 KEPT_SECONDS = 2.0
 """So long does Ray keep a value, at the interval of this head; a validation comes less often."""
+CACHES = Path(os.environ["XDG_CACHE_HOME"]) / "raygpt" / "compiled"
 _SERIES = re.compile(r"^(ray_raygpt_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
 
@@ -53,14 +55,16 @@ def wait(head: Head, condition: Callable[[dict[str, dict[str, float]]], bool]) -
 
 
 def test_a_run_can_be_watched(head: Head, reference: Reference) -> None:
+    """And what it compiles is kept with it: a machine that has nothing yet compiles nothing."""
     run = reference.run(reference.storage, "watched", head)
-    process = run.start(
-        *("--train.steps", "50000", "--train.eval_every", "100"),
+    settings = (
+        *("--train.steps", "50000", "--train.eval_every", "100", "--model.dropout", "0"),
         *("--train.straggler_factor", "0.01", "--train.profile", "4:6"),
         # One shape of tokens, since each is compiled for itself.
         *("--train.compile", "True", "--batch.ramp_start_tokens", "0", "--batch.ramp_tokens", "0"),
         *("--batch.micro", "4"),
     )
+    process = run.start(*settings)
     shown = {f"ray_{name}" for name in NAMES}
     try:
         wait_for(process, lambda: bool(run.rows()), 3 * DEADLINE_SECONDS)  # it compiles
@@ -91,9 +95,25 @@ def test_a_run_can_be_watched(head: Head, reference: Reference) -> None:
     table = (Path(run.folder.path) / "profile" / "steps_4_to_5.md").read_text().splitlines()
     assert table[0] == "| ms a step | worker 0 | worker 1 |"
     assert all(float(line.split()[3]) > 0 for line in table[3:]), "all parts after data"
-    assert list((Path(run.folder.path) / "compiled").glob("*.tar")), "compiled layers are kept"
+    compiles_nothing_elsewhere(run, settings)
     (state,) = (r for r in page["train_runs"] if r["name"] == "watched")
     assert state["status"] == "RUNNING"
+
+
+def compiles_nothing_elsewhere(run: Run, settings: tuple[str, ...]) -> None:
+    """The run goes on where nothing is left of what this machine has compiled."""
+    shutil.rmtree(CACHES)
+    began, steps = time.time(), len(run.rows())
+    process = run.start(*settings)
+    try:
+        wait_for(process, lambda: len(run.rows()) > steps + 1, DEADLINE_SECONDS)
+        process.send_signal(signal.SIGINT)
+        finish(process, status=130)
+    finally:
+        process.kill()
+    libraries = list(CACHES.rglob("*.so"))
+    assert libraries, "nothing was kept with the run"
+    assert all(library.stat().st_mtime < began for library in libraries), "compiled again"
 
 
 def test_grafana_asks_for_series_that_exist() -> None:

@@ -1,5 +1,6 @@
 """Short runs that meet trouble, and what must come out of them."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from raygpt.runs.files import EVENTS, LEDGER, METRICS, read_json_lines
 from raygpt.storage import Folder
 from raygpt.train import checkpoints
 
-STEPS, EVERY = 180, 45
+STEPS, EVERY = 120, 30
 SETTINGS = f"""
 run: {{storage: STORAGE}}
 data: {{corpus: CORPUS}}
@@ -29,7 +30,7 @@ train:
   log_every: 10, sample_tokens: 20, precision: fp32}}
 scale: {{workers: 2, gpus_per_worker: 0}}
 """
-"""Several epochs of 60,000 bytes."""
+"""Several epochs of 30,000 bytes."""
 Result = tuple[str, list[dict[str, Any]]]
 
 
@@ -95,24 +96,33 @@ class Run:
 
 
 class Reference:
-    """The same run without any trouble, called ``quiet``: on this machine, without a cluster."""
+    """The same run without any trouble, called ``quiet``: on this machine, without a cluster.
+
+    Args:
+        folder: where it lies; the first process that names it trains the run, others wait.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.settings = folder / "run.yaml"
-        text = (resources.files("raygpt") / "assets" / "tinyshakespeare.txt").read_bytes()[:60_000]
-        (folder / "text.txt").write_bytes(text)
-        corpus = str(folder / "corpus")
-        prepare([str(folder / "text.txt")], corpus, "bytes", val_fraction=0.1, on_ray=False)
-        self.storage = str(folder / "storage")
-        """Where it lies."""
-        self.settings.write_text(
-            SETTINGS.replace("STORAGE", self.storage).replace("CORPUS", corpus)
-        )
-        run = self.run(self.storage, "quiet")
-        self.output = finish(run.start_here())
+        self.settings, self.storage = folder / "run.yaml", str(folder / "storage")
+        run, output = self.run(self.storage, "quiet"), folder / "output.txt"
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not output.exists():
+                self._prepare(folder)
+                output.write_text(finish(run.start_here()))
+        self.output = output.read_text()
         """What the driver printed."""
         self.result = run.result()
         assert [row["step"] for row in self.result[1]] == list(range(STEPS))
+
+    def _prepare(self, folder: Path) -> None:
+        text = (resources.files("raygpt") / "assets" / "tinyshakespeare.txt").read_bytes()[:30_000]
+        (folder / "text.txt").write_bytes(text)
+        corpus = str(folder / "corpus")
+        prepare([str(folder / "text.txt")], corpus, "bytes", val_fraction=0.1, on_ray=False)
+        self.settings.write_text(
+            SETTINGS.replace("STORAGE", self.storage).replace("CORPUS", corpus)
+        )
 
     def run(self, storage: str, name: str, head: Head | None = None) -> Run:
         return Run(self.settings, storage, name, head)
