@@ -73,10 +73,17 @@ class AutoscalingHead(Head):
 
     def machines(self) -> int:
         """Raylets beside the head's own."""
-        count = -1
+        return self._count("raylet") - 1
+
+    def scouts(self) -> int:
+        """Processes that went ahead of workers."""
+        return self._count("ray::Scout")
+
+    def _count(self, title: str) -> int:
+        count = 0
         for process in self.nodes[0].family():
             with suppress(psutil.NoSuchProcess):  # it ends while we look
-                count += process.name() == "raylet"
+                count += Path((process.cmdline() or [""])[0]).name.startswith(title)
         return count
 
 
@@ -106,6 +113,7 @@ def test_an_elastic_run_starts_with_what_is_there_and_grows(
     wait_for(process, lambda: bool(run.rows()))
     assert run.rows()[0]["world_size"] == growing.machines() == 1
     growing.allow(MOST)
+    wait_for(process, lambda: growing.scouts() > 0)
     wait_for(process, lambda: run.rows()[-1]["world_size"] == MOST)
     assert growing.machines() == MOST
     templates = {worker.parent() for worker in growing.nodes[0].workers()}
@@ -113,6 +121,7 @@ def test_an_elastic_run_starts_with_what_is_there_and_grows(
     alone = max(row["time"] for row in run.rows() if row["world_size"] == 1)
     assert len(sockets) == MOST
     assert all(socket.stat().st_mtime < alone for socket in sockets), "training waits for imports"
+    wait(lambda: not growing.scouts(), "what went ahead stays")
     process.terminate()
     finish(process, status=128 + signal.SIGTERM)
     assert run.redone() == []

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 import ray
@@ -82,16 +83,22 @@ class Policy(machines.LivingMachines):
         return SimpleNamespace(get_reserved_resources=SimpleNamespace(remote=remote))
 
 
+class Handle:
+    """Of an actor, which lives as long as this."""
+
+
 class Scouts:
-    """Those that were sent, and the machines that have become ready."""
+    """Those that were sent or are alive, and the machines that have become ready."""
 
     def __init__(self) -> None:
         self.sent: list[str] = []
+        self.alive = WeakValueDictionary[str, Handle]()
         self.ready: set[str] = set()
 
     def send(self, node: str) -> tuple[Any, Any]:
         self.sent.append(node)
-        return None, node
+        handle = self.alive[node] = Handle()
+        return handle, node
 
     def wait(self, references: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
         assert timeout == 0, "the controller has other things to do"
@@ -141,6 +148,7 @@ def test_machines_that_come_together_count_together(
     now = machines.TOGETHER_SECONDS
     scouts.ready.add("second")
     assert newcomers.choose(["old", "first", "second"]) == {"old", "first", "second"}
+    assert not scouts.alive, "idle processes take time from workers"
 
     scouts.ready.add("third")
     nodes = ["first", "second", "third", "stuck"]
@@ -149,6 +157,8 @@ def test_machines_that_come_together_count_together(
     assert newcomers.choose(nodes) == {"first", "second", "third"}
     assert newcomers.choose([*nodes, "fourth"]) == {"first", "second", "third"}
     assert sorted(scouts.sent) == ["first", "fourth", "second", "stuck", "third"]
+    newcomers.add_known(["stuck"])
+    assert list(scouts.alive) == ["fourth"]
 
 
 def test_a_cluster_that_cannot_be_asked_changes_nothing(
