@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from raygpt.config import ModelConfig
+from raygpt.gelu import gelu
 from raygpt.loss import linear_cross_entropy
 from raygpt.tied import two_uses
 
@@ -99,7 +100,7 @@ class MLP(nn.Module):
             x = F.relu(x)
             x = x * x  # not square(), whose gradient goes through a power and is many times slower
         else:
-            x = F.gelu(x, approximate="tanh")
+            x = gelu(x)
         return self.c_proj(x)
 
 
