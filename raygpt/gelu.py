@@ -33,7 +33,7 @@ def gelu(x: Tensor) -> Tensor:
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous()
     if plain or torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    y: Tensor = _Gelu.apply(x)  # type: ignore[no-untyped-call]
+    y: Tensor = _Gelu.apply(x)
     return y
 
 
