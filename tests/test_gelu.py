@@ -55,3 +55,11 @@ def test_without_gradients_nothing_is_overwritten_and_bits_are_the_same() -> Non
 @pytest.mark.parametrize("x", [values(6, 6).bfloat16(), values(6, 6).T, values(6, 6).double()])
 def test_what_it_is_not_for_is_torchs(x: Tensor) -> None:
     assert torch.equal(gelu(x), F.gelu(x, approximate="tanh"))
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    """The first one writes over what it would need."""
+    y = gelu(values(6, 6).requires_grad_() * 1).sum()
+    y.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()

@@ -1,0 +1,61 @@
+"""The activation between a layer's two matrices, forward and backward: raygpt's GELU and torch's.
+
+    python -m benchmarks.gelu [--short] [--rounds 15] [--threads 1]
+
+In fp32 on the CPU, in turns; printed are medians of milliseconds.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.turns import Row, add_rounds, in_turns, machine, ratio, rounds
+from raygpt.gelu import gelu
+
+SIZES = [(1024, 384), (768, 128)]
+"""Tokens of a micro-batch and the model's width: of 6 x 384, and of the embedded text's preset."""
+
+
+def ms(function: Callable[[Tensor], Tensor], leaf: Tensor, gradient: Tensor) -> float:
+    x = leaf.clone()  # as a layer's output: no leaf, and free to be overwritten
+    began = time.perf_counter()
+    torch.autograd.grad(function(x), x, gradient)
+    return 1000 * (time.perf_counter() - began)
+
+
+def rows(asked: int, threads: int = 1) -> Iterator[Row]:
+    torch.set_num_threads(threads)
+    functions: list[Callable[[Tensor], Tensor]] = [gelu, partial(F.gelu, approximate="tanh")]
+    for tokens, width in SIZES:
+        torch.manual_seed(0)
+        leaf = torch.randn(tokens, 4 * width, requires_grad=True)
+        gradient = torch.randn(tokens, 4 * width)
+        sides = [partial(ms, function, leaf, gradient) for function in functions]
+        ours, theirs = (times[1:] for times in in_turns(sides, asked + 1))  # warm
+        yield Row(
+            f"GELU, {tokens:,} tokens of 4 x {width}",
+            f"{statistics.median(ours):.2f} ms",
+            "torch's",
+            f"{statistics.median(theirs):.2f} ms",
+            ratio(theirs, ours),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_rounds(parser, usual=15, short=5)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    print(machine())
+    for row in rows(rounds(parser, arguments), arguments.threads):
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
