@@ -74,8 +74,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, C / H)
+        # Not a view of five dimensions, whose gradient is copied twice.
+        parts = self.c_attn(x).split(C, dim=2)
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in parts)
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
         if self.qk_norm:
