@@ -5,7 +5,6 @@
 In fp32 on the CPU, in turns; printed are medians of milliseconds.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.turns import Row, add_rounds, in_turns, machine, ratio, rounds
+from benchmarks.turns import Row, in_turns, print_rows_for_threads, ratio
 from raygpt.gelu import gelu
 
 SIZES = [(1024, 384), (768, 128)]
@@ -47,15 +46,5 @@ def rows(asked: int, threads: int = 1) -> Iterator[Row]:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_rounds(parser, usual=15, short=5)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    print(machine())
-    for row in rows(rounds(parser, arguments), arguments.threads):
-        print(row, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_rows_for_threads(__doc__, rows, usual=15, short=5)

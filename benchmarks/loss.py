@@ -6,7 +6,6 @@ In fp32 on the CPU, in turns; printed are medians of milliseconds.  The products
 nobody can do without: logits, and the gradients of hidden states and of the head.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.turns import Row, add_rounds, in_turns, machine, ratio, rounds
+from benchmarks.turns import Row, in_turns, print_rows_for_threads, ratio
 from raygpt.loss import linear_cross_entropy
 
 SIZES = [(1024, 128, 50304, 50257), (1024, 768, 50304, 50257), (2048, 384, 320, 257)]
@@ -70,15 +69,5 @@ def rows(asked: int, threads: int = 1) -> Iterator[Row]:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_rounds(parser, usual=9, short=3)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    print(machine())
-    for row in rows(rounds(parser, arguments), arguments.threads):
-        print(row, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_rows_for_threads(__doc__, rows, usual=9, short=3)

@@ -65,6 +65,20 @@ def print_rows(
         print(row, flush=True)
 
 
+def print_rows_for_threads(
+    doc: str | None, rows_of: Callable[[int, int], Iterator[Row]], usual: int, short: int
+) -> None:
+    """The same, of a script whose rows depend on the number of threads as well."""
+    parser = argparse.ArgumentParser(description=doc)
+    add_rounds(parser, usual, short)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    asked = rounds(parser, arguments)
+    print(machine())
+    for row in rows_of(asked, arguments.threads):
+        print(row, flush=True)
+
+
 def turns(sides: int, rounds: int) -> Iterator[int]:
     """Whose turn it is, round after round; sides take turns to begin."""
     for turn in range(rounds):
