@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.turns import Row, in_turns, print_rows_for_threads, ratio
+from benchmarks.turns import Row, in_turns, print_rows, ratio
 from raygpt.gelu import gelu
 
 SIZES = [(1024, 384), (768, 128)]
@@ -47,4 +47,4 @@ def rows(asked: int, threads: int = 1) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    print_rows_for_threads(__doc__, rows, usual=15, short=5)
+    print_rows(__doc__, rows, usual=15, short=5, threads=True)

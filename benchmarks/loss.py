@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.turns import Row, in_turns, print_rows_for_threads, ratio
+from benchmarks.turns import Row, in_turns, print_rows, ratio
 from raygpt.loss import linear_cross_entropy
 
 SIZES = [(1024, 128, 50304, 50257), (1024, 768, 50304, 50257), (2048, 384, 320, 257)]
@@ -70,4 +70,4 @@ def rows(asked: int, threads: int = 1) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    print_rows_for_threads(__doc__, rows, usual=9, short=3)
+    print_rows(__doc__, rows, usual=9, short=3, threads=True)

@@ -54,28 +54,29 @@ def rounds(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
 
 
 def print_rows(
-    doc: str | None, rows_of: Callable[[int], Iterator[Row]], usual: int, short: int
+    doc: str | None,
+    rows_of: Callable[..., Iterator[Row]],
+    usual: int,
+    short: int,
+    threads: bool = False,
 ) -> None:
-    """The program of a script whose rows depend on the number of rounds alone."""
+    """The program of a script whose rows depend on the number of rounds alone.
+
+    Args:
+        threads: and on that of threads, its second argument.
+    """
     parser = argparse.ArgumentParser(description=doc)
     add_rounds(parser, usual, short)
-    asked = rounds(parser, parser.parse_args())
-    print(machine())
-    for row in rows_of(asked):
-        print(row, flush=True)
-
-
-def print_rows_for_threads(
-    doc: str | None, rows_of: Callable[[int, int], Iterator[Row]], usual: int, short: int
-) -> None:
-    """The same, of a script whose rows depend on the number of threads as well."""
-    parser = argparse.ArgumentParser(description=doc)
-    add_rounds(parser, usual, short)
-    parser.add_argument("--threads", type=int, default=1)
+    if threads:
+        parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    asked = rounds(parser, arguments)
+    asked = [rounds(parser, arguments)]
+    if threads:
+        if arguments.threads < 1:
+            parser.error("--threads: one at least")
+        asked.append(arguments.threads)
     print(machine())
-    for row in rows_of(asked, arguments.threads):
+    for row in rows_of(*asked):
         print(row, flush=True)
 
 
