@@ -14,6 +14,7 @@ What it gives up: a cache of keys and values.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from raygpt import recompute
 from raygpt.config import ModelConfig
-from raygpt.gelu import gelu
+from raygpt.gelu import gelu, gelu_again
 from raygpt.loss import linear_cross_entropy
+from raygpt.recompute import Again
 from raygpt.tied import two_uses
 
 NORM_EPS = 1e-5
@@ -72,10 +75,11 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
+        """``again`` makes ``x`` again, if it shall not be kept for the backward pass."""
         B, T, C = x.shape
         # Not a view of five dimensions, whose gradient is copied twice.
-        parts = self.c_attn(x).split(C, dim=2)
+        parts = recompute.linear(self.c_attn, x, again).split(C, dim=2)
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in parts)
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
@@ -95,14 +99,18 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
+    def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
+        """``again`` makes ``x`` again, if it shall not be kept for the backward pass."""
+        x = recompute.linear(self.c_fc, x, again)
         if self.squared:
             x = F.relu(x)
-            x = x * x  # not square(), whose gradient goes through a power and is many times slower
+            y = x * x  # not square(), whose gradient goes through a power and is many times slower
+            y_again: Again = partial(torch.mul, x.detach(), x.detach())
+        elif again is None:
+            return self.c_proj(gelu(x))
         else:
-            x = gelu(x)
-        return self.c_proj(x)
+            y, y_again = gelu_again(x)
+        return recompute.linear(self.c_proj, y, again and y_again)
 
 
 class Block(nn.Module):
@@ -115,10 +123,15 @@ class Block(nn.Module):
         self.ln_2 = build_norm(config)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
+        self.recomputes = True
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop(self.attn(self.ln_1(x)))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+        for norm, branch in ((self.ln_1, self.attn), (self.ln_2, self.mlp)):
+            again = partial(norm, x.detach()) if self.recomputes and recompute.pays(x) else None
+            y = self.drop(branch(norm(x), again))
+            # In place where the branch is not of autocast's narrower type.
+            x = y.add_(x) if y.dtype == x.dtype else x + y
+        return x
 
 
 class Transformer(nn.Module):
@@ -234,6 +247,9 @@ class GPT(nn.Module):
         """Keep only the layers' inputs for the backward pass, which computes the rest again, to
         the same bits (Chen et al. 2016, section 4)."""
         self.transformer.checkpoint_activations = True
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recomputes = False  # else it would keep what it makes these from
 
     def compile_layers(self, **options: Any) -> None:
         """Compile the layers with torch.compile, in place; they share what is compiled."""

@@ -20,6 +20,8 @@ _TUNABLES = {
     "top_pad": 2**24,
     "arena_max": 1,  # the training thread would have heaps of its own, of 64 MiB
     "hugetlb": 1,
+    # Small pieces that a thread keeps for itself stay between large free ones, which remain apart.
+    "tcache_count": 0,
 }
 
 LAYERS_APART = 4
