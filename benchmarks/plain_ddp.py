@@ -17,24 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.plain_model import PlainLoss
 from raygpt.config import ModelConfig
-from raygpt.model import GPT
-
-
-class PlainLoss(nn.Module):
-    """The network of raygpt with the loss as it is usually written."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.network = GPT(config)
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        logits = self.network(inputs)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def main() -> None:

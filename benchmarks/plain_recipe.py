@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.plain_ddp import PlainLoss
+from benchmarks.plain_model import PlainLoss
 from raygpt.config import ModelConfig
 
 MODEL = ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=320)
