@@ -1,14 +1,16 @@
 """How glibc allocates in the processes of workers; a process reads this as it starts.
 
 Memory that was freed is kept, which is fast.  Where memory matters more, free pages are given back
-between layers.
+at the peak, or between layers, too.
 """
 
 import ctypes
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # what starts processes has no torch
+if TYPE_CHECKING:
     from raygpt.model import GPT
 
 NAME = "GLIBC_TUNABLES"
@@ -33,22 +35,42 @@ def tunables() -> str:
     return os.environ.get(NAME, ours)
 
 
+def give_back_before_loss(model: "GPT") -> None:
+    """Let a model on a CPU give free memory back to the kernel between its layers' forward pass and
+    the loss, where it needs the most.
+
+    What layers needed for a moment left holes among what they keep.
+    """
+    from torch import is_grad_enabled  # here, as what starts processes has no torch
+
+    trim = _trim()
+
+    def give_back(*_: object) -> None:
+        if is_grad_enabled():
+            trim()
+
+    model.transformer.register_forward_hook(give_back)
+
+
 def give_back_between_layers(model: "GPT") -> None:
     """Let a model on a CPU give free memory back to the kernel before each forward pass, and in the
     backward pass after each fourth layer.
 
     Gradients come to lie among what a layer needs for a moment, and leave holes that add up.
     Fresh pages take time, so it is not done after every layer.
-    Without glibc it changes nothing.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is None:
-        return
+    trim = _trim()
 
     def give_back(*_: object) -> None:
-        trim(0)
+        trim()
 
     model.register_forward_pre_hook(give_back)
     for block in list(model.transformer.h)[::LAYERS_APART]:
         first = next(block.parameters())  # its gradient is the layer's last
         first.register_post_accumulate_grad_hook(give_back)
+
+
+def _trim() -> Callable[[], object]:
+    """Gives free memory back to the kernel; without glibc it does nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return (lambda: None) if trim is None else partial(trim, 0)

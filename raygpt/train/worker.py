@@ -24,9 +24,10 @@ from raygpt.data.stream import StepWindows, lane_steps, stream_blocks
 from raygpt.errors import UserError
 from raygpt.model import GPT
 from raygpt.optim import build_optimizer, lr_at
+from raygpt.recompute import WIDE
 from raygpt.runs.accounts import FIRST_STEP, RESTORE, TRAIN, Stopwatch, restart_ms
 from raygpt.storage import patiently
-from raygpt.train import checkpoints, notice, state
+from raygpt.train import checkpoints, malloc, notice, state
 from raygpt.train.checkpoints import Position
 from raygpt.train.compiled import CompiledLayers
 from raygpt.train.garbage import Garbage
@@ -34,7 +35,6 @@ from raygpt.train.gauges import Gauges
 from raygpt.train.host import check_reachable, gather_machines
 from raygpt.train.job import Job
 from raygpt.train.listener import Listener
-from raygpt.train.malloc import give_back_between_layers
 from raygpt.train.profile import Profiler
 from raygpt.train.progress import RunLog, StepRecord
 from raygpt.train.records import Recorder
@@ -95,10 +95,13 @@ class Worker:
             device=self.device,
             patience=config.run.storage_patience,
         )
+        on_cpu = self.device.type == "cpu"
         if config.train.activation_checkpointing:
             self.model.checkpoint_activations()
-            if self.device.type == "cpu":
-                give_back_between_layers(self.model)
+            if on_cpu:
+                malloc.give_back_between_layers(self.model)
+        elif on_cpu and config.model.n_embd >= WIDE:
+            malloc.give_back_before_loss(self.model)
         self.compiled: CompiledLayers | None = None
         if config.train.compile:
             self.compiled = CompiledLayers(job.run, self.device, listener.say)
