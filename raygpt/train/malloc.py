@@ -6,12 +6,10 @@ at the peak, or between layers, too.
 
 import ctypes
 import os
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from raygpt.model import GPT
+if TYPE_CHECKING:  # what starts processes has no torch
+    from raygpt.model import GPT, Transformer
 
 NAME = "GLIBC_TUNABLES"
 _TUNABLES = {
@@ -35,42 +33,32 @@ def tunables() -> str:
     return os.environ.get(NAME, ours)
 
 
+def give_back(*_: object) -> None:
+    """Give free memory back to the kernel; without glibc it does nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def give_back_before_loss(model: "GPT") -> None:
-    """Let a model on a CPU give free memory back to the kernel between its layers' forward pass and
-    the loss, where it needs the most.
-
-    What layers needed for a moment left holes among what they keep.
-    """
-    from torch import is_grad_enabled  # here, as what starts processes has no torch
-
-    trim = _trim()
-
-    def give_back(*_: object) -> None:
-        if is_grad_enabled():
-            trim()
-
-    model.transformer.register_forward_hook(give_back)
+    """Let a model on a CPU give free memory back between its layers' forward pass and the loss,
+    where it needs the most: what layers needed for a moment left holes among what they keep."""
+    model.transformer.register_forward_hook(_give_back_in_training)
 
 
 def give_back_between_layers(model: "GPT") -> None:
-    """Let a model on a CPU give free memory back to the kernel before each forward pass, and in the
-    backward pass after each fourth layer.
+    """Let a model on a CPU give free memory back before each forward pass, and in the backward pass
+    after each fourth layer.
 
     Gradients come to lie among what a layer needs for a moment, and leave holes that add up.
     Fresh pages take time, so it is not done after every layer.
     """
-    trim = _trim()
-
-    def give_back(*_: object) -> None:
-        trim()
-
     model.register_forward_pre_hook(give_back)
     for block in list(model.transformer.h)[::LAYERS_APART]:
         first = next(block.parameters())  # its gradient is the layer's last
         first.register_post_accumulate_grad_hook(give_back)
 
 
-def _trim() -> Callable[[], object]:
-    """Gives free memory back to the kernel; without glibc it does nothing."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    return (lambda: None) if trim is None else partial(trim, 0)
+def _give_back_in_training(module: "Transformer", *_: object) -> None:
+    if module.training:
+        give_back()

@@ -95,12 +95,13 @@ class Worker:
             device=self.device,
             patience=config.run.storage_patience,
         )
-        on_cpu = self.device.type == "cpu"
-        if config.train.activation_checkpointing:
+        sparing = config.train.activation_checkpointing
+        if sparing:
             self.model.checkpoint_activations()
-            if on_cpu:
-                malloc.give_back_between_layers(self.model)
-        elif on_cpu and config.model.n_embd >= WIDE:
+        self.gives_back = self.device.type == "cpu" and (sparing or config.model.n_embd >= WIDE)
+        if self.gives_back and sparing:
+            malloc.give_back_between_layers(self.model)
+        elif self.gives_back:
             malloc.give_back_before_loss(self.model)
         self.compiled: CompiledLayers | None = None
         if config.train.compile:
@@ -337,6 +338,8 @@ class Worker:
         every, last = self.config.train.checkpoint_every, p.step == self.config.train.steps
         if not (now or best or last or p.step % every == 0):
             return
+        if self.gives_back:
+            malloc.give_back()  # what a step leaves free shall not lie beside the copy
         self.saver.begin(p, self.model, self.optimizer, beside=not (now or last))
 
     def _has_saved(self, position: Position, checkpoint: checkpoints.Checkpoint | None) -> None:
