@@ -118,14 +118,16 @@ def test_a_run_on_a_store_that_goes_away_and_falls_silent(
     head.nodes[0].workers()[0].kill()
     wait_for(first, way.broken.is_set)
     time.sleep(AWAY_SECONDS)
-    way.mend()
-    wait_for(first, lambda: run.has_checkpoint(2 * EVERY))
+    # Not once they train, which may be near the end: where a step is short, the job was at the
+    # second checkpoint when its worker was lost, and had waited there for the first one.
     first.send_signal(signal.SIGINT)
+    way.mend()
     output = finish(first, status=130)
     assert "submit the run again, and it goes on" in output and "Traceback" not in output
     assert output.count("trying again for up to 300 s") >= 1
     stopped_at = len(run.rows())
-    assert 2 * EVERY <= stopped_at <= STEPS
+    assert EVERY < stopped_at < STEPS
+    assert len(run.events("start")) == 2
 
     second = run.start_here(storage=storage)
     wait_for(second, lambda: run.has_checkpoint(3 * EVERY))
