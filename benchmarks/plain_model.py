@@ -46,8 +46,9 @@ class PlainLoss(nn.Module):
         self.head.weight = self.tokens.weight
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
-                branch = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer * branch or 1))
+                ends_branch = name.endswith(("out.weight", "down.weight"))
+                branches = 2 * config.n_layer if ends_branch else 1
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(branches))
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 

@@ -111,6 +111,8 @@ class _Argument:
 
 
 class _Late(torch.autograd.Function):
+    """Keeps the argument itself: torch would refuse a saved one that was overwritten meanwhile."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, argument: _Argument) -> Tensor:
         ctx.argument = argument

@@ -127,7 +127,7 @@ def test_a_run_on_a_store_that_goes_away_and_falls_silent(
     assert output.count("trying again for up to 300 s") >= 1
     stopped_at = len(run.rows())
     assert EVERY < stopped_at < STEPS
-    assert len(run.events("start")) == 2
+    assert len(run.events("start")) == 2 and run.has_checkpoint(stopped_at)
 
     second = run.start_here(storage=storage)
     wait_for(second, lambda: run.has_checkpoint(3 * EVERY))
