@@ -31,7 +31,8 @@ from benchmarks.turns import Row, add_rounds, in_turns, machine, ratio, rounds
 from raygpt.config import ModelConfig
 from raygpt.data.prepare import prepare
 from raygpt.data.tokenizer import load_tokenizer
-from raygpt.device import describe, local_device, peak_flops_of
+from raygpt.device import describe, local_device
+from raygpt.peak import peak_flops_of
 from raygpt.sizes import flops_per_token
 
 ROOT = Path(__file__).parent.parent

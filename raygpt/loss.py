@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from raygpt import device as devices
+from raygpt.products import add_product, product
 
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
 """Of fp32 logits at a time.  A GPU's products want more rows."""
@@ -97,18 +98,15 @@ def _losses(
     with torch.autocast(kind, enabled=False):
         head, x = weight.to(dtype), x.to(dtype)
         rows = _chunk_rows(len(x), 4 * len(weight), CHUNK_BYTES[kind])
-        # Kept from chunk to chunk: fresh pages would cost as much as the softmax.
-        all_logits = x.new_empty(rows, len(weight))
         losses = x.new_empty(len(x), dtype=torch.float32)
         for first in range(0, len(x), rows):
             here = slice(first, first + rows)
             part, right = x[here], targets[here, None]
-            logits = all_logits[: len(part)]
-            torch.mm(part, head.t(), out=logits)
-            losses[here], errors = errors_of(logits, right, n_vocab)
+            losses[here], errors = errors_of(product(part, head.t()), right, n_vocab)
             if grad_x is not None and grad_weight is not None:
-                grad_x[here] = errors @ head
-                _add_product(grad_weight, errors.t(), part)
+                grad_x[here] = product(errors, head)
+                add_product(grad_weight, errors.t(), part)
+            del errors  # or it would be there beside the next chunk
         return losses
 
 
@@ -117,13 +115,3 @@ def _chunk_rows(tokens: int, row_bytes: int, chunk_bytes: int) -> int:
     least = math.ceil(tokens * row_bytes / chunk_bytes)
     even = (n for n in range(least, min(2 * least, tokens) + 1) if tokens % n == 0)
     return math.ceil(tokens / next(even, least))
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a product of matrices, which may be of a narrower type, in place."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b

@@ -26,6 +26,7 @@ from raygpt import recompute
 from raygpt.config import ModelConfig
 from raygpt.gelu import gelu, gelu_again
 from raygpt.loss import linear_cross_entropy
+from raygpt.products import Linear
 from raygpt.recompute import Again
 from raygpt.tied import two_uses
 
@@ -72,8 +73,8 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.qk_norm = config.qk_norm
         self.rotary = Rotary(config) if config.positions == "rotary" else None
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
         """``again`` makes ``x`` again, if it shall not be kept for the backward pass."""
@@ -96,8 +97,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.squared = config.activation == "relu2"
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
         """``again`` makes ``x`` again, if it shall not be kept for the backward pass."""

@@ -33,6 +33,7 @@ import pytest
 from head import Head
 from troubled import Reference
 
+from raygpt import products
 from raygpt.data.corpus import Corpus, open_corpus
 from raygpt.data.prepare import prepare
 
@@ -44,6 +45,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {"ray_session", "head"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+@pytest.fixture(params=[False, True], ids=["by MKL", "by oneDNN"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What multiplies fp32 matrices, whichever is faster here."""
+    monkeypatch.setattr(products, "is_faster", lambda: request.param)
 
 
 @pytest.fixture(scope="session")

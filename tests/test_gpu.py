@@ -28,6 +28,7 @@ from raygpt.data.stream import StepWindows
 from raygpt.loss import linear_cross_entropy
 from raygpt.model import GPT
 from raygpt.optim import build_optimizer
+from raygpt.peak import peak_flops_of
 from raygpt.runs.files import EVENTS, METRICS, read_json_lines
 from raygpt.storage import Folder
 from raygpt.train import reduce
@@ -274,7 +275,7 @@ def test_a_killed_worker_costs_no_bit(tmp_path: Path) -> None:
         name = torch.cuda.get_device_name(GPU)
         assert all(name in event["text"] and "bfloat16" in event["text"] for event in starts)
         rows = read_json_lines(run, METRICS)
-        if devices.peak_flops_of(name, torch.bfloat16) is not None:
+        if peak_flops_of(name, torch.bfloat16) is not None:
             assert all(0 < row["mfu"] < 1 for row in rows)
         trained = [{key: row.get(key) for key in TRAINED} for row in rows]
         results.append((found.weights_sha256, trained))

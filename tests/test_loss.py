@@ -12,6 +12,8 @@ from raygpt.loss import _chunk_rows, linear_cross_entropy
 
 N, C, V, N_VOCAB = 37, 16, 50, 47
 
+pytestmark = pytest.mark.usefixtures("library")
+
 
 def inputs(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(1)

@@ -22,6 +22,8 @@ MODERN = replace(
 )
 WINDOWS = 3
 
+pytestmark = pytest.mark.usefixtures("library")
+
 
 def pass_through(config: ModelConfig, width: int, monkeypatch: pytest.MonkeyPatch) -> GPT:
     """A model after a pass forward and backward; recomputing from ``width`` channels on."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from raygpt.config import ModelConfig
 from raygpt.data.hashes import batch_hash
-from raygpt.device import Peak
+from raygpt.peak import Peak
 from raygpt.sizes import flops_per_token
 from raygpt.train.checkpoints import Position
 from raygpt.train.progress import StepRecord

@@ -24,6 +24,7 @@ from raygpt.data.stream import StepWindows, lane_steps, stream_blocks
 from raygpt.errors import UserError
 from raygpt.model import GPT
 from raygpt.optim import build_optimizer, lr_at
+from raygpt.peak import Peak
 from raygpt.recompute import WIDE
 from raygpt.runs.accounts import FIRST_STEP, RESTORE, TRAIN, Stopwatch, restart_ms
 from raygpt.storage import patiently
@@ -80,7 +81,7 @@ class Worker:
         devices.set_up(self.device, config.scale.threads, bool(config.train.exact))
         devices.check_compilers(self.device, config.train.compile)
         self.dtype = devices.resolve_precision(config.train.precision, self.device)
-        self.peak = devices.Peak(self.device, self.dtype)
+        self.peak = Peak(self.device, self.dtype)
         self.recorder = Recorder(config.model, self.peak, self.world_size)
 
         torch.manual_seed(config.train.seed)

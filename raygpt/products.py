@@ -1,0 +1,89 @@
+"""Products of fp32 matrices on CPUs, by the faster of the two libraries that torch has for them.
+
+torch multiplies with MKL, which leaves out AVX-512 on processors that are not Intel's.  oneDNN
+uses what the processor has, which is up to twice as fast there.  The choice is made by the kind of
+processor and not by a clock, since the last bits of a product depend on it.
+
+What it gives up: gradients of gradients, where oneDNN multiplies.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from raygpt import device as devices
+
+ROWS = 4096
+"""Of a sum of products at a time: what is not added yet is memory."""
+
+
+class Linear(nn.Linear):
+    """``x @ weight.T + bias``, (..., C) to (..., D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not by_onednn(x):
+            return super().forward(x)
+        y: Tensor = _Linear.apply(x, self.weight, self.bias)
+        return y
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """(m, k) times (k, n); without a graph."""
+    return _times(a, b.t()) if by_onednn(a) else a @ b
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add (m, k) times (k, n), which may be of a narrower type, in place; without a graph."""
+    if by_onednn(a):  # which cannot add to what is there
+        for part, rows in zip(total.split(ROWS), a.split(ROWS), strict=True):
+            part += _times(rows, b.t())
+    elif a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+def by_onednn(x: Tensor) -> bool:
+    """Whether oneDNN multiplies ``x``; what is compiled or not fp32 is torch's to decide."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return False
+    return is_faster() and not torch.is_autocast_enabled("cpu")
+
+
+@functools.cache
+def is_faster() -> bool:
+    """Whether oneDNN is, and torch has it."""
+    return devices.mkl_lacks_avx512() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``, in memory of its own."""
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()  # oneDNN would fall back to something very slow
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x.flatten(0, -2), weight, bias, "none", [], "")
+    # No view, so that it may be changed in place behind a function of autograd's.
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _times(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        asked = ctx.needs_input_grad
+        return (
+            _times(gradient, weight.t()) if asked[0] else None,
+            _times(rows.t(), x.flatten(0, -2).t()) if asked[1] else None,
+            rows.sum(0) if asked[2] else None,
+        )
