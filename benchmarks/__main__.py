@@ -12,7 +12,7 @@ trainers), :mod:`benchmarks.recipes` (losses), ``chaos``, ``checkpoint``, ``copi
 import argparse
 from pathlib import Path
 
-from benchmarks import gelu, loss, malloc, memory, shares, start, step, stream
+from benchmarks import gelu, linear, loss, malloc, memory, shares, start, step, stream
 from benchmarks.turns import machine
 
 HEAD = ["what", "raygpt", "compared with", "that", "ratio"]
@@ -26,7 +26,7 @@ def main() -> None:
     if arguments.rounds < 2:
         parser.error("--rounds: two at least, for the quartiles")
     lines = [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
-    for module in (loss, gelu, malloc, start, step, shares, stream, memory):
+    for module in (loss, linear, gelu, malloc, start, step, shares, stream, memory):
         for row in module.rows(arguments.rounds):
             print(row, flush=True)
             lines.append(f"| {' | '.join(row)} |")
