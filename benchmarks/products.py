@@ -1,7 +1,8 @@
 """What the cores of a machine reach in bare matrix products, all workers at once.
 
-    python -m benchmarks.products [--workers 2] [--threads 1]
+    python -m benchmarks.products [--workers 2] [--threads 1] [--torchs]
 
+They are raygpt's, by the library that is faster on this kind of processor, or torch's own choice.
 Prints GFLOP/s of each worker, the median over some seconds: the best moments of a shared machine
 are far above what it gives for long.  And what would be left if they waited for each other once a
 second, as workers do that train: the cores of a shared machine are not equally fast at each moment.
@@ -25,21 +26,21 @@ SIZE = 768
 SECONDS = 8.0
 
 
-def _multiply(threads: int, folder: str) -> None:
+def _multiply(threads: int, torchs: bool, folder: str) -> None:
     torch.set_num_threads(threads)
     a, b = (torch.randn(SIZE, SIZE) for _ in range(2))
     dist.barrier()
     times = [time.perf_counter()]
     while times[-1] < times[0] + SECONDS:
-        product(a, b)
+        torch.mm(a, b) if torchs else product(a, b)
         times.append(time.perf_counter())
     np.save(Path(folder) / f"{dist.get_rank()}.npy", times)
 
 
-def _times(workers: int, threads: int) -> list[np.ndarray]:
+def _times(workers: int, threads: int, torchs: bool) -> list[np.ndarray]:
     """Of each worker, when its first product began and when each ended; one clock for all."""
     with tempfile.TemporaryDirectory() as folder:
-        on_processes(workers, _multiply, threads, folder)
+        on_processes(workers, _multiply, threads, torchs, folder)
         return [np.load(Path(folder) / f"{rank}.npy") for rank in range(workers)]
 
 
@@ -48,9 +49,9 @@ def _rate(times: np.ndarray) -> float:
     return 2 * SIZE**3 / statistics.median(np.diff(times))
 
 
-def product_rates(workers: int, threads: int) -> list[float]:
-    """FLOP/s of each worker."""
-    return [_rate(times) for times in _times(workers, threads)]
+def product_rates(workers: int, threads: int, torchs: bool = False) -> list[float]:
+    """FLOP/s of each worker, by raygpt's products or torch's."""
+    return [_rate(times) for times in _times(workers, threads, torchs)]
 
 
 def _in_step(times: list[np.ndarray]) -> float:
@@ -65,8 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--torchs", action="store_true", help="torch.mm, not raygpt's")
     arguments = parser.parse_args()
-    times = _times(arguments.workers, arguments.threads)
+    times = _times(arguments.workers, arguments.threads, arguments.torchs)
     for each in times:
         print(f"{_rate(each) / 1e9:.0f} GFLOP/s")
     if len(times) > 1:

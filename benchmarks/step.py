@@ -17,8 +17,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -121,13 +122,13 @@ class Sides:
         """Unix times at which steps ended."""
         return self.torchrun("plain_ddp.py")
 
-    def rates(self) -> list[float]:
-        """FLOP/s that each worker's device reaches, or should."""
+    def rates(self, torchs: bool = False) -> list[float]:
+        """FLOP/s that each worker's device reaches, or should, by raygpt's products or torch's."""
         case = self._case
         if case.gpu:
             peak = peak_flops_of(describe(local_device()), torch.bfloat16)
             return [peak or math.nan] * case.workers
-        return product_rates(case.workers, case.threads)
+        return product_rates(case.workers, case.threads, torchs)
 
     def torchrun(self, script: str) -> list[float]:
         """The times that a script of this folder wrote on all workers, which torchrun started."""
@@ -175,25 +176,29 @@ def rows(asked: int, cases: Iterable[str] = CASES) -> Iterator[Row]:
         case = (CASES | MORE_CASES)[name]
         with tempfile.TemporaryDirectory() as folder:
             sides = Sides(case, Path(folder))
-            *times, rates = in_turns([sides.ours, sides.plain, sides.rates], asked)
-        speeds = [[speed(case, t) for t in side] for side in times]
-        ours, plain = map(statistics.median, speeds)
+            machines: list[Callable[[], list[float]]] = [sides.rates]
+            if not case.gpu:
+                machines.append(partial(sides.rates, torchs=True))
+            ours, plain, *rates = in_turns([sides.ours, sides.plain, *machines], asked)
+        speeds = [[speed(case, t) for t in side] for side in (ours, plain)]
         yield Row(
             f"training, {name}",
-            f"{ours:,.0f} tokens/s",
+            f"{statistics.median(speeds[0]):,.0f} tokens/s",
             "torchrun, DDP",
-            f"{plain:,.0f} tokens/s",
+            f"{statistics.median(speeds[1]):,.0f} tokens/s",
             ratio(*speeds),
         )
         flops = [s * flops_per_token(case.model) / 1e9 for s in speeds[0]]
-        reached = [sum(side) / 1e9 for side in rates]
-        yield Row(
-            f"share of the machine, {name}",
-            f"{statistics.median(flops):.0f} GFLOP/s",
-            "the GPU's data sheet" if case.gpu else "matrix products on the same cores",
-            f"{statistics.median(reached):.0f} GFLOP/s",
-            ratio(flops, reached),
-        )
+        names = ["the GPU's data sheet"] if case.gpu else ["its products alone", "torch.mm alone"]
+        for what, side in zip(names, rates, strict=True):
+            reached = [sum(workers) / 1e9 for workers in side]
+            yield Row(
+                f"share of the machine, {name}",
+                f"{statistics.median(flops):.0f} GFLOP/s",
+                what,
+                f"{statistics.median(reached):.0f} GFLOP/s",
+                ratio(flops, reached),
+            )
 
 
 def main() -> None:

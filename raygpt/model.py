@@ -198,7 +198,7 @@ class GPT(nn.Module):
                 f"n_vocab {self.n_vocab} must lie in 1..model.vocab_size {config.vocab_size}"
             )
         self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raygpt.products import products, products_and
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _EPS = 1e-7
@@ -129,7 +131,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + _EPS)
     for _ in range(_ITERATIONS):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+        gram = products(x, x.mT)
+        polynomial = products_and(gram, gram, gram, beta=b, alpha=c)
+        x = products_and(x, polynomial, x, beta=a)
     return x.to(matrices.dtype)

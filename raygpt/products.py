@@ -48,6 +48,22 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """(n, m, k) times (n, k, l); without a graph."""
+    if not by_onednn(a):
+        return a @ b
+    return torch.stack([_times(*pair) for pair in zip(a, b.mT, strict=True)])
+
+
+def products_and(
+    total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0
+) -> Tensor:
+    """``beta`` times ``total`` (n, m, l) and ``alpha`` times :func:`products`; without a graph."""
+    if not by_onednn(a):
+        return torch.baddbmm(total, a, b, beta=beta, alpha=alpha)
+    return products(a, b).mul_(alpha).add_(total, alpha=beta)
+
+
 def by_onednn(x: Tensor) -> bool:
     """Whether oneDNN multiplies ``x``; what is compiled or not fp32 is torch's to decide."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():

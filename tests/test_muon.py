@@ -15,6 +15,8 @@ from raygpt.storage import Folder
 from raygpt.train.checkpoints import Position, latest
 from raygpt.train.state import restore, save
 
+pytestmark = pytest.mark.usefixtures("library")
+
 MUON = OptimConfig(matrices="muon", max_lr=1e-3, muon_lr=0.02, weight_decay=0.1)
 LAYER = [
     f"transformer.h.{layer}.{name}.weight"

@@ -79,6 +79,17 @@ def test_bare_products(turned: tuple[bool, bool], monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(total, exact + 1, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("library")
+def test_products_of_stacked_matrices() -> None:
+    a, b, total = values(3, 5, 7), values(3, 7, 4), values(3, 5, 4)
+    exact = a.double() @ b.double()
+    torch.testing.assert_close(products.products(a, b), exact.float(), rtol=1e-5, atol=1e-5)
+    before = total.clone()
+    found = products.products_and(total, a, b, beta=-2, alpha=3)
+    torch.testing.assert_close(found, (3 * exact - 2 * total).float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(total, before)
+
+
 @pytest.mark.parametrize("activation", ["gelu", "relu2"])
 def test_a_model_has_the_same_gradients_with_both(
     activation: Literal["gelu", "relu2"], monkeypatch: pytest.MonkeyPatch
