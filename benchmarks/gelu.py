@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.turns import Row, in_turns, print_rows, ratio
+from benchmarks.turns import Row, against_torch, print_rows
 from raygpt.gelu import gelu
 
 SIZES = [(1024, 384), (768, 128)]
@@ -40,15 +40,8 @@ def rows(asked: int, threads: int = 1) -> Iterator[Row]:
         torch.manual_seed(0)
         leaf = torch.randn(tokens, 4 * width, requires_grad=True)
         gradient = torch.randn(tokens, 4 * width)
-        sides = [partial(ms, function, leaf, gradient) for function in functions]
-        ours, theirs = (times[1:] for times in in_turns(sides, asked + 1))  # warm
-        yield Row(
-            f"GELU, {tokens:,} tokens of 4 x {width}",
-            f"{statistics.median(ours):.2f} ms",
-            "torch's",
-            f"{statistics.median(theirs):.2f} ms",
-            ratio(theirs, ours),
-        )
+        ours, theirs = (partial(ms, function, leaf, gradient) for function in functions)
+        yield against_torch(f"GELU, {tokens:,} tokens of 4 x {width}", ours, theirs, asked)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@ on this kind of processor, and torch's.
 
     python -m benchmarks.linear [--short] [--rounds 15] [--threads 1]
 
-In fp32 on the CPU, in turns; printed are medians of GFLOP/s.  Where both have the same library, the
-ratio is one.
+In fp32 on the CPU, in turns; printed are medians of milliseconds.  Where both have the same
+library, the ratio is one.
 """
 
 import statistics
@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.turns import Row, in_turns, print_rows, ratio
+from benchmarks.turns import Row, against_torch, print_rows
 from raygpt.products import Linear
 
 SIZES = [(1024, 384), (1024, 768), (1024, 128)]
@@ -24,31 +24,25 @@ CALLS = 10
 """Of one turn; the first ones find memory that the other side left."""
 
 
-def rate(layer: nn.Linear, x: Tensor, gradient: Tensor) -> float:
-    """GFLOP/s."""
+def ms(layer: nn.Linear, x: Tensor, gradient: Tensor) -> float:
     times = []
     for _ in range(CALLS):
         began = time.perf_counter()
         torch.autograd.grad(layer(x), (x, *layer.parameters()), gradient)
         times.append(time.perf_counter() - began)
-    return 6 * len(x) * layer.weight.numel() / statistics.median(times) / 1e9
+    return 1000 * statistics.median(times)
 
 
 def rows(asked: int, threads: int = 1) -> Iterator[Row]:
     torch.set_num_threads(threads)
     for tokens, width in SIZES:
         torch.manual_seed(0)
-        layers = [kind(width, 4 * width) for kind in (Linear, nn.Linear)]
         x, gradient = torch.randn(tokens, width, requires_grad=True), torch.randn(tokens, 4 * width)
-        sides = [partial(rate, layer, x, gradient) for layer in layers]
-        ours, theirs = (rates[1:] for rates in in_turns(sides, asked + 1))  # warm
-        yield Row(
-            f"linear layer, {tokens:,} tokens, {width} to 4 x {width}",
-            f"{statistics.median(ours):.0f} GFLOP/s",
-            "torch's",
-            f"{statistics.median(theirs):.0f} GFLOP/s",
-            ratio(ours, theirs),
+        ours, theirs = (
+            partial(ms, kind(width, 4 * width), x, gradient) for kind in (Linear, nn.Linear)
         )
+        what = f"linear layer, {tokens:,} tokens, {width} to {4 * width:,}"
+        yield against_torch(what, ours, theirs, asked)
 
 
 if __name__ == "__main__":

@@ -100,3 +100,12 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> str:
         [a / b for a, b in zip(above, below, strict=True)], n=4
     )
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def against_torch(
+    what: str, ours: Callable[[], float], torchs: Callable[[], float], asked: int
+) -> Row:
+    """Milliseconds that both sides return, in turns; a round before them warms up."""
+    mine, theirs = (times[1:] for times in in_turns([ours, torchs], asked + 1))
+    medians = [f"{statistics.median(times):.2f} ms" for times in (mine, theirs)]
+    return Row(what, medians[0], "torch's", medians[1], ratio(theirs, mine))
