@@ -1,6 +1,7 @@
 """Head and cross entropy in one: the numbers of torch's own, in any number of chunks."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from raygpt import loss as loss_module
 from raygpt.loss import _chunk_rows, linear_cross_entropy
+from raygpt.products import product
 
 N, C, V, N_VOCAB = 37, 16, 50, 47
 
@@ -87,6 +89,23 @@ def test_no_matrix_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> Non
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 0 < largest <= 4 * max(V * 5, V * C, N * C)
     assert largest < 4 * N * V
+
+
+def test_there_is_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * V * 5)
+    chunks: list[weakref.ref[Tensor]] = []
+
+    def kept(a: Tensor, b: Tensor) -> Tensor:
+        is_chunk = b.shape[1] == V
+        assert not is_chunk or not any(chunk() is not None for chunk in chunks)
+        result = product(a, b)
+        if is_chunk:
+            chunks.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(loss_module, "product", kept)
+    linear_cross_entropy(*inputs(), N_VOCAB).backward()
+    assert len(chunks) == 8
 
 
 def test_a_second_backward_pass_is_refused() -> None:
