@@ -34,6 +34,7 @@ from raygpt.data.prepare import prepare
 from raygpt.data.tokenizer import load_tokenizer
 from raygpt.device import describe, local_device
 from raygpt.peak import peak_flops_of
+from raygpt.products import is_faster
 from raygpt.sizes import flops_per_token
 
 ROOT = Path(__file__).parent.parent
@@ -176,10 +177,12 @@ def rows(asked: int, cases: Iterable[str] = CASES) -> Iterator[Row]:
         case = (CASES | MORE_CASES)[name]
         with tempfile.TemporaryDirectory() as folder:
             sides = Sides(case, Path(folder))
-            machines: list[Callable[[], list[float]]] = [sides.rates]
-            if not case.gpu:
-                machines.append(partial(sides.rates, torchs=True))
-            ours, plain, *rates = in_turns([sides.ours, sides.plain, *machines], asked)
+            machines: dict[str, Callable[[], list[float]]] = {
+                "the GPU's data sheet" if case.gpu else "its products alone": sides.rates
+            }
+            if not case.gpu and is_faster():
+                machines["torch.mm alone"] = partial(sides.rates, torchs=True)
+            ours, plain, *rates = in_turns([sides.ours, sides.plain, *machines.values()], asked)
         speeds = [[speed(case, t) for t in side] for side in (ours, plain)]
         yield Row(
             f"training, {name}",
@@ -189,8 +192,7 @@ def rows(asked: int, cases: Iterable[str] = CASES) -> Iterator[Row]:
             ratio(*speeds),
         )
         flops = [s * flops_per_token(case.model) / 1e9 for s in speeds[0]]
-        names = ["the GPU's data sheet"] if case.gpu else ["its products alone", "torch.mm alone"]
-        for what, side in zip(names, rates, strict=True):
+        for what, side in zip(machines, rates, strict=True):
             reached = [sum(workers) / 1e9 for workers in side]
             yield Row(
                 f"share of the machine, {name}",

@@ -55,9 +55,7 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([_times(*pair) for pair in zip(a, b.mT, strict=True)])
 
 
-def products_and(
-    total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0
-) -> Tensor:
+def products_and(total: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> Tensor:
     """``beta`` times ``total`` (n, m, l) and ``alpha`` times :func:`products`; without a graph."""
     if not by_onednn(a):
         return torch.baddbmm(total, a, b, beta=beta, alpha=alpha)
