@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from raygpt import device as devices
-from raygpt.products import add_product, product
+from raygpt.products import add_product, by_onednn, product
 
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
 """Of fp32 logits at a time.  A GPU's products want more rows."""
@@ -98,15 +98,18 @@ def _losses(
     with torch.autocast(kind, enabled=False):
         head, x = weight.to(dtype), x.to(dtype)
         rows = _chunk_rows(len(x), 4 * len(weight), CHUNK_BYTES[kind])
+        # Kept from chunk to chunk: where fresh pages come, they cost as much as the softmax.
+        kept = None if by_onednn(x) else x.new_empty(rows, len(weight))
         losses = x.new_empty(len(x), dtype=torch.float32)
         for first in range(0, len(x), rows):
             here = slice(first, first + rows)
             part, right = x[here], targets[here, None]
-            losses[here], errors = errors_of(product(part, head.t()), right, n_vocab)
+            logits = product(part, head.t(), None if kept is None else kept[: len(part)])
+            losses[here], errors = errors_of(logits, right, n_vocab)
             if grad_x is not None and grad_weight is not None:
                 grad_x[here] = product(errors, head)
                 add_product(grad_weight, errors.t(), part)
-            del errors  # or it would be there beside the next chunk
+            del logits, errors  # or they would be there beside the next chunk
         return losses
 
 

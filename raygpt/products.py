@@ -30,9 +30,13 @@ class Linear(nn.Linear):
         return y
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """(m, k) times (k, n); without a graph."""
-    return _times(a, b.t()) if by_onednn(a) else a @ b
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """(m, k) times (k, n); without a graph.
+
+    Args:
+        out: memory for the result (m, n), which oneDNN cannot use.
+    """
+    return _times(a, b.t()) if by_onednn(a) else torch.mm(a, b, out=out)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

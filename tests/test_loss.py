@@ -95,10 +95,10 @@ def test_there_is_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * V * 5)
     chunks: list[weakref.ref[Tensor]] = []
 
-    def kept(a: Tensor, b: Tensor) -> Tensor:
+    def kept(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         is_chunk = b.shape[1] == V
         assert not is_chunk or not any(chunk() is not None for chunk in chunks)
-        result = product(a, b)
+        result = product(a, b, out)
         if is_chunk:
             chunks.append(weakref.ref(result))
         return result
