@@ -64,6 +64,7 @@ def test_a_cluster_without_a_monitor_stays_as_it_is(monkeypatch: pytest.MonkeyPa
     [
         (False, None, "1", None, 0),
         (False, None, "2", None, "room for 1 workers of 1 CPUs and 0 GPUs (its nodes have 1 CPUs"),
+        (False, None, "1", 1, "cpus_per_worker, set scale.gpus_per_worker to 0, or add nodes"),
         (True, None, "8", 1, 1),  # whoever knows more may come
         (True, None, "1", None, "scale.gpus_per_worker must be given"),
         (True, [{"CPU": 4, "GPU": 1}] * 2, "2", None, 1),

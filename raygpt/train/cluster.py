@@ -126,10 +126,11 @@ def fit_scale(scale: ScaleConfig, alone: bool = False) -> ScaleConfig:
     if rooms < scale.min_workers and (largest or not grows):
         has = ", ".join(f"{s.get('CPU', 0):g} CPUs and {s.get('GPU', 0):g} GPUs" for s in shapes)
         where = "it can grow to nodes with" if largest else "its nodes have"
+        less = ", set scale.gpus_per_worker to 0" if gpus else ""
         raise UserError(
             f"scale.workers {scale.workers}: the cluster has room for {rooms} workers of "
             f"{scale.cpus_per_worker:g} CPUs and {gpus} GPUs ({where} {has}); lower "
-            "scale.workers or scale.cpus_per_worker, or add nodes"
+            f"scale.workers or scale.cpus_per_worker{less}, or add nodes"
         )
     return replace(scale, gpus_per_worker=gpus)
 
