@@ -4,9 +4,9 @@
 
 Each row comes from a script of its own, which has a longer form; all sides run in turns, on the
 machine at hand.  Ratios are medians within a round, with quartiles; more is better.  It takes half
-an hour on two cores.  What takes longer has a command of its own: :mod:`benchmarks.users` (other
-trainers), :mod:`benchmarks.recipes` (losses), ``chaos``, ``checkpoint``, ``copies``, ``exact_sum``,
-``exchange`` and ``shuffle``.
+an hour on two cores, and needs the extra test.  What takes longer has a command of its own:
+:mod:`benchmarks.users` (other trainers), :mod:`benchmarks.recipes` (losses), ``chaos``,
+``checkpoint``, ``copies``, ``exact_sum``, ``exchange`` and ``shuffle``.
 """
 
 import argparse

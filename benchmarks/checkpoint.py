@@ -1,6 +1,6 @@
 """What a checkpoint costs the training loop: in the background, against written in place.
 
-    python benchmarks/checkpoint.py [--model small|gpt2] [--steps 20] [--rounds 5] [--workers 2]
+    python -m benchmarks.checkpoint [--model small|gpt2] [--steps 20] [--rounds 5] [--workers 2]
 
 Both sides train the same model in the same processes and in turns, round after round: a
 checkpoint, then so many steps.  Printed are medians over the rounds, of rank 0: how long the loop

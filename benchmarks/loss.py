@@ -3,7 +3,8 @@
     python -m benchmarks.loss [--short] [--rounds 9] [--threads 1]
 
 In fp32 on the CPU, in turns; printed are medians of milliseconds.  The products are the three that
-nobody can do without: logits, and the gradients of hidden states and of the head.
+nobody can do without, by the faster library: logits, and the gradients of hidden states and of the
+head.
 """
 
 import statistics
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.turns import Row, in_turns, print_rows, ratio
 from raygpt.loss import linear_cross_entropy
+from raygpt.products import product
 
 SIZES = [(1024, 128, 50304, 50257), (1024, 768, 50304, 50257), (2048, 384, 320, 257)]
 """Tokens, width, words with padding and without."""
@@ -36,9 +38,9 @@ def sides(n: int, c: int, v: int, used: int) -> dict[str, Callable[[], None]]:
 
     @torch.no_grad()
     def products() -> None:
-        logits = x @ weight.t()
-        logits @ weight
-        logits.t() @ x
+        logits = product(x, weight.t())
+        product(logits, weight)
+        product(logits.t(), x)
 
     return {
         "raygpt": lambda: backward(linear_cross_entropy(x, weight, targets, used)),

@@ -5,7 +5,7 @@
 GPT-2 with 124M parameters, two workers, a window of 1,024 tokens each: whole jobs, in turns, with
 the checkpoint at the end of raygpt's.
 Linux counts for each process the most that was resident (VmHWM, shared libraries and all); of all
-processes that a side starts, the largest is its worker.
+processes that a side starts, the largest is its worker.  Needs the extra test.
 """
 
 import statistics

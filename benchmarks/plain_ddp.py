@@ -1,6 +1,6 @@
 """The least that trains the same model on several workers: no Ray, no checkpoints, no data order.
 
-    torchrun --nproc-per-node 2 benchmarks/plain_ddp.py SETTINGS.json
+    PYTHONPATH=. torchrun --nproc-per-node 2 benchmarks/plain_ddp.py SETTINGS.json
 
 What one writes with torch alone: DDP with its own settings, random windows of a file of tokens,
 cross entropy over the full logits, fused AdamW, clipping, a cosine; on a GPU bf16 autocast, copies

@@ -1,6 +1,6 @@
 """nanoGPT's recipe for the embedded text, re-created from its published settings, in a given time.
 
-    torchrun --nproc-per-node 2 benchmarks/plain_recipe.py SETTINGS.json
+    PYTHONPATH=. torchrun --nproc-per-node 2 benchmarks/plain_recipe.py SETTINGS.json
 
 The settings are those that its README gives for a CPU (4 layers of 128, windows of 64, batches of
 12, no dropout), with the rates of its configuration for the text; the number of steps is the one

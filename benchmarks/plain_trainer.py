@@ -1,6 +1,6 @@
 """The same training with transformers' Trainer, as its users write it.
 
-    torchrun --nproc-per-node 2 benchmarks/plain_trainer.py SETTINGS.json
+    PYTHONPATH=. torchrun --nproc-per-node 2 benchmarks/plain_trainer.py SETTINGS.json
 
 GPT2LMHeadModel without dropout, AdamW, clipping and a cosine, all by TrainingArguments.  It is held
 against raygpt by :mod:`benchmarks.users`, which writes SETTINGS.

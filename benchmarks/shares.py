@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.step import CASES, Sides
-from benchmarks.turns import Row, print_rows
+from benchmarks.turns import Row, print_rows, quartiles
 
 KINDS = {
     "waiting for data": "data_wait_ms",
@@ -35,7 +35,7 @@ def rows(asked: int) -> Iterator[Row]:
         for kind, column in KINDS.items():
             spent = [statistics.fmean(row[column] for row in run) for run in runs]
             shares = [100 * s / whole for s, whole in zip(spent, step, strict=True)]
-            low, middle, high = statistics.quantiles(shares, n=4)
+            low, middle, high = quartiles(shares)
             yield Row(
                 f"{kind}, {name}",
                 f"{statistics.median(spent):.2f} ms",

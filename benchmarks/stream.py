@@ -3,8 +3,9 @@
     python -m benchmarks.stream [--short] [--rounds 6]
 
 Two workers have all CPUs of a Ray, but what they leave for readers; each takes its first blocks of
-a long stream and then multiplies matrices.  Sides: Ray Data's loop with raygpt's pause, with its
-shortest one in each turn, and as it is.  Printed are the matrix products of both workers together.
+a long stream and then multiplies matrices, by torch.  Sides: Ray Data's loop with raygpt's pause,
+with its shortest one in each turn, and as it is.  Printed are the matrix products of both workers
+together.
 """
 
 import logging

@@ -94,11 +94,15 @@ def in_turns(sides: Sequence[Callable[[], _Value]], rounds: int) -> list[list[_V
     return found
 
 
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The first, the median, the third; of two or three values the lowest and the highest."""
+    low, middle, high = statistics.quantiles(values, n=4)  # of two, beyond them
+    return max(low, min(values)), middle, min(high, max(values))
+
+
 def ratio(above: Sequence[float], below: Sequence[float]) -> str:
     """The median ratio within a round, and its quartiles."""
-    low, middle, high = statistics.quantiles(
-        [a / b for a, b in zip(above, below, strict=True)], n=4
-    )
+    low, middle, high = quartiles([a / b for a, b in zip(above, below, strict=True)])
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 

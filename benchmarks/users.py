@@ -2,8 +2,8 @@
 
     python -m benchmarks.users [--short] [--rounds 5] [--case NAME ...] [--litgpt PYTHON]
 
-transformers' Trainer under torchrun (plain_trainer.py), on as many workers, which needs the extra
-``bench``; and, where a Python that has litgpt is named, litgpt's pretraining on all cores
+transformers' Trainer under torchrun (plain_trainer.py), on as many workers, which needs the extras
+test and bench; and, where a Python that has litgpt is named, litgpt's pretraining on all cores
 (plain_litgpt.py).  litgpt wants an older huggingface-hub than transformers, so it has an
 environment of its own:
 

@@ -34,6 +34,8 @@ NORM_EPS = 1e-5
 INIT_STD = 0.02
 ROTARY_BASE = 10_000.0
 """Su et al. 2021, section 3.2.2."""
+MOST_SHAPES = 1024
+"""Of tokens, for which layers are compiled: of the micro-batches of a ramp, and of their rests."""
 
 
 class Rotary(nn.Module):
@@ -253,9 +255,16 @@ class GPT(nn.Module):
                 module.recomputes = False  # else it would keep what it makes these from
 
     def compile_layers(self, **options: Any) -> None:
-        """Compile the layers with torch.compile, in place; they share what is compiled."""
+        """Compile the layers with torch.compile, in place; they share what is compiled.
+
+        Each shape of tokens for itself: what torch would compile for all of them depends on which
+        came first, and after eight shapes it would compile no more, so a restart could change bits.
+        """
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = (
+            MOST_SHAPES
+        )
         for block in self.transformer.h:
-            block.compile(**options)
+            block.compile(dynamic=False, **options)
 
     def num_params(self) -> int:
         """Parameters, tied weights counted once."""

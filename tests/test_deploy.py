@@ -33,7 +33,7 @@ from raygpt.settings import load_settings
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
-OF_NODES = re.compile(r"RAY_(health_check|idle_worker)_\w+")
+OF_NODES = re.compile(r"RAY_(health_check|idle_worker|worker)_\w+")
 
 
 def schema(name: str) -> dict[str, Any]:
@@ -306,7 +306,7 @@ def test_versions_are_those_of_cluster_yaml(rayjob: dict[str, Any], aws: dict[st
     assert image in (DEPLOY / "Dockerfile").read_text()  # the name that it says to build under
     options = [o.removeprefix("--env ").split("=") for o in aws["docker"]["run_options"]]
     of_nodes = dict(option for option in options if OF_NODES.fullmatch(option[0]))
-    assert len(of_nodes) == 4
+    assert len(of_nodes) == 5 and of_nodes["RAY_worker_niceness"] == "0"
     for pod in pods(rayjob):
         (container,) = pod["containers"]
         assert {e["name"]: e["value"] for e in container["env"]} == of_nodes

@@ -53,8 +53,10 @@ def test_derived_numbers_of_a_small_run(config: Config) -> None:
     assert numbers(rows["learning rate"]) == [6e-4, 3840, 6e-5, 47_616]
     assert numbers(rows["segment"]) == [512]
     assert rows["workers"].startswith("2:4; 1 to 4 are legal")
-    # 36,224 parameters of 4 bytes, twice 4 bytes of AdamW.
-    assert rows["weights and optimizer"] == "0.1 MiB + 0.3 MiB + gradients 0.1 MiB a worker"
+    # 36,224 parameters of 4 bytes, twice 4 bytes of AdamW; two workers have two lanes each.
+    assert rows["weights and optimizer"] == (
+        "0.1 MiB + 0.3 MiB + gradients 0.3 MiB (sums of lanes: 2) a worker"
+    )
 
 
 def test_derived_numbers_follow_the_ramp(config: Config) -> None:
@@ -103,7 +105,7 @@ def test_derived_numbers_of_gpt2_on_the_embedded_text(tmp_path: Path) -> None:
     assert numbers(rows["vocabulary"]) == [50_304, 50_257, 47]
     assert numbers(rows["lanes"]) == [32, 4, 1024]
     assert numbers(rows["accumulation"]) == [1, 4, 32]
-    assert numbers(rows["weights and optimizer"]) == [474.8, 949.7, 474.8]
+    assert numbers(rows["weights and optimizer"]) == [474.8, 949.7, 2.78, 6]
     corpus = open_corpus(job.plan.corpus)
     assert corpus.tokens("train") + corpus.tokens("val") == 338_025 + 2
     assert corpus.tokens("val") == pytest.approx(33_803, abs=2)
@@ -147,7 +149,7 @@ def test_gpt3_175b_can_be_planned(large_corpus: str, monkeypatch: pytest.MonkeyP
     assert numbers(rows["parameters"]) == [
         (50_304 + 2048) * C + 96 * (12 * C * C + 13 * C) + 2 * C
     ] == [174_604_836_864]  # fmt: skip
-    assert numbers(rows["weights and optimizer"]) == [650.45, 1300.91, 650.45]
+    assert numbers(rows["weights and optimizer"]) == [650.45, 1300.91, 3252.27, 5]
     assert numbers(rows["training tokens"])[:2] == [314_572_800, 153_600]
     assert numbers(rows["steps per epoch"]) == [100.0]  # 314,572,800 / 3,145,728
     assert numbers(rows["accumulation"]) == [96, 1, 1536]

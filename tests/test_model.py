@@ -219,6 +219,17 @@ def test_layers_compile_in_one_graph_and_share_it(config: ModelConfig) -> None:
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
+def test_layers_are_compiled_for_each_shape_whatever_came_before() -> None:
+    """Else a restart would compute with other layers than the run that was never interrupted."""
+    torch.compiler.reset()
+    model, counter = _model(TINY, n_vocab=27), CompileCounter()
+    model.compile_layers(backend=counter, fullgraph=True)
+    idx, targets = _batch(27)
+    for times in range(1, 11):  # more shapes than torch would compile for
+        model(idx.repeat(times, 1), targets.repeat(times, 1))
+        assert counter.frame_count == times
+
+
 def test_activations_that_are_computed_again_are_the_same_bits() -> None:
     config = ModelConfig(n_layer=4, n_head=2, n_embd=32, block_size=16, vocab_size=32, dropout=0.5)
     idx = torch.arange(64).view(4, 16) % 32

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from raygpt.train import reduce
 from raygpt.train.network import EXCHANGES_AHEAD, Network, gather
 from raygpt.train.reduce import GradientSum
-from raygpt.train.tree import Node, reduce_plan, slices_of, tree_sum
+from raygpt.train.sums import slices_of, tree_sum
+from raygpt.train.tree import Node, most_sums, reduce_plan
 
 
 @given(bits=st.integers(0, 4), data=st.data())
@@ -84,8 +85,9 @@ class Counting(Network):
         return exchange
 
 
-def kept() -> tuple[int, int]:
-    """Of a small model's backward pass: buckets, and those whose partial sums were kept at once."""
+def kept() -> tuple[int, int, int]:
+    """Of a small model's backward pass: buckets, those whose partial sums were kept at once, and
+    those whose sums were on their way back before it ended."""
     net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(12)))
     ddp = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=0.001)
     counting = Counting()
@@ -94,10 +96,35 @@ def kept() -> tuple[int, int]:
     for _ in range(2):  # DDP arranges its buckets after the first
         gradients.begin(reduce_plan((0, 1), dist.get_rank(), dist.get_world_size()))
         ddp(torch.ones(1, 16)).sum().backward()
+        returning = sum(bool(e.returns) for e in counting._exchanges)
         gradients.finish()
-    return counting.buffers, counting.kept
+    return counting.buffers, counting.kept, returning
 
 
-def test_partial_sums_of_few_buckets_are_kept_at_once() -> None:
-    for buckets, at_once in on_workers(2, kept):
+def test_partial_sums_of_few_buckets_are_kept_at_once_and_those_before_are_on_their_way_back() -> (
+    None
+):
+    for buckets, at_once, returning in on_workers(2, kept):
         assert at_once == EXCHANGES_AHEAD + 1 < buckets
+        assert returning == buckets - at_once
+
+
+def held(lanes: int) -> int:
+    """Gradients that a worker holds at once, while a step goes from lane to lane."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    net = nn.Linear(1, 1)
+    gradients = GradientSum(DistributedDataParallel(net, gradient_as_bucket_view=True))
+    plan = reduce_plan(tuple(lane % world_size for lane in range(lanes)), rank, world_size)
+    gradients.begin(plan)
+    most = 0
+    for lane in plan.lanes:
+        most = max(most, len(gradients._waiting) + 1)
+        net(torch.ones(1, 1)).sum().backward()
+        gradients.add_lane(lane)
+    return most
+
+
+def test_how_many_gradients_a_worker_holds() -> None:
+    assert max(on_workers(3, held, 32)) == most_sums(32, 3) == 11
+    assert on_workers(1, held, 32) == [most_sums(32, 1)] == [6]
+    assert most_sums(32, 32) == 1

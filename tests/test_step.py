@@ -20,7 +20,8 @@ from raygpt.model import GPT
 from raygpt.optim import build_optimizer, set_lr
 from raygpt.train import reduce
 from raygpt.train.step import Stepper
-from raygpt.train.tree import LaneForest, Node, reduce_plan, tree_sum
+from raygpt.train.sums import tree_sum
+from raygpt.train.tree import LaneForest, Node, reduce_plan
 
 LANES, STEPS, MICRO, LR, CLIP, SEED = 8, 5, 2, 1e-2, 0.5, 7
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=72, dropout=0.1)

@@ -19,6 +19,7 @@ from raygpt.data.tokenizer import BYTE_TOKENS, GPT2_TOKENS, load_tokenizer
 from raygpt.errors import UserError
 from raygpt.sizes import num_params
 from raygpt.storage import Folder
+from raygpt.train.tree import most_sums
 from raygpt.values import to_dict
 
 _UPLOADED = "working_dir_files"
@@ -308,6 +309,8 @@ def derived(job: Job) -> dict[str, str]:
     steps, tokens = config.train.steps, schedule.tokens_before(config.train.steps)
     epoch_tokens = job.epoch_windows * plan.block_size
     micros = -(-g // micro)
+    scale = config.scale
+    sums = max(most_sums(lanes, w) for w in range(scale.min_workers, scale.max_workers + 1))
     ramp = ""
     if plan.ramp_tokens:
         ramp = f" (from {config.batch.ramp_start_tokens:,}, over {plan.ramp_tokens:,} tokens)"
@@ -331,7 +334,7 @@ def derived(job: Job) -> dict[str, str]:
         "segment": f"{config.segment_steps:,} steps",
         "workers": f"{config.scale.workers}; 1 to {lanes} are legal, all give the same model",
         "weights and optimizer": f"{_gib(4 * parameters)} + {_gib(8 * parameters)} "
-        f"+ gradients {_gib(4 * parameters)} a worker",
+        f"+ gradients {_gib(4 * parameters * sums)} (sums of lanes: {sums}) a worker",
     }
 
 

@@ -6,15 +6,17 @@ the gradient out and back.  Any other W costs some more partial sums.
 
 What travels goes from tensor to tensor: slices are sent from the buffer and gathered in place,
 since copies were most of what the exchange cost on CPUs.  What comes lies beside them until it is
-added, for the last few exchanges until the end of the backward pass.
+added: on CPUs a few exchanges later, when complete slices start on their way back.  For the last
+ones, and on GPUs for all, that is after the backward pass.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch import Tensor
 
-from raygpt.train.tree import Node, ReducePlan, flat, slices_of, tree_sum
+from raygpt.train.sums import flat, slices_of, tree_sum
+from raygpt.train.tree import Node, ReducePlan
 
 EXCHANGES_AHEAD = 3
 """Exchanges whose partial sums may be on their way at once: with more, a worker holds up to a
@@ -33,6 +35,8 @@ class _Exchange:
     parts: dict[Node, Tensor]
     """All workers' partial sums of this worker's slice; its own are added up where they lie."""
     works: list[dist.Work]
+    returns: list[dist.Work] = field(default_factory=list)
+    """What brings the complete slices, once ``parts`` are added up."""
 
 
 class Network:
@@ -59,16 +63,23 @@ class Network:
         """
         if not buffer.is_cuda:  # there the stream that computes would wait
             for exchange in self._exchanges[:-EXCHANGES_AHEAD]:
-                self._add_up(exchange)
+                self._give_back(exchange)
         self._exchanges.append(self._start(buffer, [flat(tensors) for tensors in earlier]))
 
-    def _add_up(self, exchange: _Exchange) -> None:
-        """Wait for the parts of an exchange and add them, once; they are let go."""
+    def _give_back(self, exchange: _Exchange) -> None:
+        """Wait for the parts of an exchange, add them, and start to give everyone the sum; once.
+
+        In the order of the exchanges, which is the same everywhere: collectives started from
+        futures would reach the ranks in different orders, and deadlock.
+        """
+        if exchange.returns:
+            return
         for work in exchange.works:
             work.wait()
-        if exchange.parts:
-            tree_sum(exchange.parts, len(self._plan.owners), self._plan.last_node)
+        tree_sum(exchange.parts, len(self._plan.owners), self._plan.last_node)
         exchange.works, exchange.parts, exchange.earlier = [], {}, []
+        buffer = exchange.buffer
+        exchange.returns = gather(buffer, exchange.slices, self._plan.rank, not buffer.is_cuda)
 
     def _start(self, buffer: Tensor, earlier: list[Tensor]) -> _Exchange:
         """Send each owner its slice of this worker's partial sums, and await those of its own."""
@@ -91,19 +102,12 @@ class Network:
         return _Exchange(buffer, slices[-1], earlier, parts, works)
 
     def finish(self) -> None:
-        """Wait for the slices, finish the tree and give every worker the whole sum.
-
-        After the backward pass and in the order of the exchanges: collectives started from futures
-        would reach the ranks in different orders, and deadlock.
-        """
-        works = []
+        """Wait until every worker has the whole sum."""
         for exchange in self._exchanges:
-            self._add_up(exchange)
-            works += gather(
-                exchange.buffer, exchange.slices, self._plan.rank, not exchange.buffer.is_cuda
-            )
-        for work in works:
-            work.wait()
+            self._give_back(exchange)
+        for exchange in self._exchanges:
+            for work in exchange.returns:
+                work.wait()
         self._exchanges.clear()
 
 

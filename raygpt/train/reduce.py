@@ -69,7 +69,8 @@ class GradientSum:
         self._last = False
         """This backward pass is that of the worker's last micro-batch."""
         self._plan = reduce_plan((0,), 0, 1)
-        self._waiting: dict[Node, Gradients] = {}
+        self._waiting: dict[Node, dict[int, Tensor]] = {}
+        """Sums of earlier lanes, by the parameter's index."""
         self._exchange = exchange(next(iter(self._parameters)).device)
         self.way = self._exchange.name
         """On which sums go among workers."""
@@ -96,8 +97,8 @@ class GradientSum:
             gradients.append(parameter.grad)
             parameter.grad = None
         for node in self._plan.forest.merges[lane]:
-            torch._foreach_add_(gradients, self._waiting.pop(node))
-        self._waiting[self._plan.forest.nodes[lane]] = gradients
+            torch._foreach_add_(gradients, list(self._waiting.pop(node).values()))
+        self._waiting[self._plan.forest.nodes[lane]] = dict(enumerate(gradients))
 
     def _hook(  # DDP insists on these annotations
         self,
@@ -131,11 +132,11 @@ class GradientSum:
         plan = self._plan
         last = plan.lanes[-1]
         for node in plan.forest.merges[last]:
-            torch._foreach_add_(views, [self._waiting[node][i] for i in indices])
+            torch._foreach_add_(views, [self._waiting[node].pop(i) for i in indices])
         if plan.world_size == 1:
             return  # the forest is one tree: the buffer holds the whole sum
         earlier = [
-            [self._waiting[node][i] for i in indices]
+            [self._waiting[node].pop(i) for i in indices]
             for node in plan.forest.roots
             if node != plan.last_node
         ]

@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 from raygpt.train.forked import is_own
-from raygpt.train.tree import Node, ReducePlan, flat, slices_of, tree_sum
+from raygpt.train.sums import flat, slices_of, tree_sum
+from raygpt.train.tree import Node, ReducePlan
 
 BOARD_BYTES = 8 * 2**20
 """Of each worker; a piece is as large as fits there."""

@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import torch
-from torch import Tensor
-
 Node = tuple[int, int]
 """(j, m): the sum of the lanes l = m (mod L / 2**j)."""
 
@@ -36,17 +33,20 @@ class LaneForest:
     """What is left when lanes are added up as far as they form complete subtrees.
 
     ``merges[lane]`` says with which waiting nodes a lane's sum is merged when it comes, in
-    order; ``roots`` are the nodes that remain, in the order in which they were begun.
+    order; ``roots`` are the nodes that remain, in the order in which they were begun; ``most`` is
+    how many sums there are at once, the lane at hand with them.
     """
 
     def __init__(self, lanes: Sequence[int], total: int) -> None:
         self.order = lane_order(lanes, total)
         self.merges: dict[int, list[Node]] = {}
         self.nodes: dict[int, Node] = {}
+        self.most = 0
         waiting: dict[Node, None] = {}
         for lane in self.order:
             node: Node = (0, lane)
             self.merges[lane] = []
+            self.most = max(self.most, len(waiting) + 1)
             while node[0] < total.bit_length() - 1 and sibling(node, total) in waiting:
                 other = sibling(node, total)
                 del waiting[other]
@@ -91,34 +91,7 @@ def reduce_plan(owners: tuple[int, ...], rank: int, world_size: int) -> ReducePl
     return ReducePlan(owners, rank, world_size, forests[rank], parts)
 
 
-def tree_sum(values: dict[Node, Tensor], total: int, into: Node | None = None) -> Tensor:
-    """The sum at the root, added in place, level by level from the given complete cover.
-
-    With ``into`` it ends up in that node's tensor: which of two summands is overwritten makes
-    no difference to their sum.
-    """
-    values = dict(values)
-    for level in range(total.bit_length() - 1):
-        for node in sorted(node for node in values if node[0] == level):
-            if node in values:
-                target, other = sorted((node, sibling(node, total)))
-                if other == into:
-                    target, other = other, target
-                if target == into:
-                    into = parent(node, total)
-                values[parent(node, total)] = values.pop(target).add_(values.pop(other))
-    (root,) = values.values()
-    return root
-
-
-def slices_of(flat: Tensor, world_size: int) -> list[Tensor]:
-    """A slice for each worker: n // W elements, and for the last one the rest, too."""
-    size = len(flat) // world_size
-    return list(flat.split([size] * (world_size - 1) + [len(flat) - (world_size - 1) * size]))
-
-
-def flat(tensors: list[Tensor]) -> Tensor:
-    """One tensor (n,) of all elements; a copy where there are several."""
-    if len(tensors) == 1:
-        return tensors[0].reshape(-1)
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+def most_sums(lanes: int, world_size: int) -> int:
+    """How many sums of lanes, each as large as the gradient, a worker holds at once."""
+    deal = [range(rank, lanes, world_size) for rank in range(world_size)]
+    return max(LaneForest(mine, lanes).most for mine in deal)
