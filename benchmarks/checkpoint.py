@@ -89,8 +89,8 @@ class Trainer:
         self.checkpoint(side)
         for _ in range(steps):
             self.step()
+        self.saver.wait()  # what is not written yet belongs to the round
         took = time.perf_counter() - began
-        self.saver.wait()
         return 1000 * self.stood_still, 1000 * took
 
 

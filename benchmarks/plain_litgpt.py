@@ -2,7 +2,8 @@
 
     python benchmarks/plain_litgpt.py SETTINGS.json
 
-litgpt trains on several devices with FSDP, which needs GPUs; so this is one process with all cores.
+litgpt trains on several devices with FSDP, which needs GPUs; so this is one process with as
+many threads as all workers together have.
 Its layers are GPT-NeoX's: no learned positions, rotary ones instead.  It compiles the model; steps
 count once it has.  It is held against raygpt by :mod:`benchmarks.users`, which writes SETTINGS.
 """
@@ -69,7 +70,7 @@ class Data(DataModule):
 def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     model = settings["model"]
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(settings["workers"] * settings["threads"])
     config = Config(
         name="plain",
         block_size=model["block_size"],

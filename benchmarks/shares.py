@@ -2,7 +2,7 @@
 
     python -m benchmarks.shares [--short] [--rounds 5]
 
-Whole jobs, with a checkpoint every 20 steps; the figures are those that each line of a run's
+Whole jobs, with a checkpoint every twenty steps; the figures are those that each line of a run's
 metrics.jsonl accounts for.  ``logging`` is all that lies between steps and has no name of its own.
 A checkpoint is written beside the steps after it, and may slow them down: what it costs them,
 :mod:`benchmarks.checkpoint` measures.
@@ -21,6 +21,8 @@ KINDS = {
     "logging": "other_ms",
     "checkpoints": "checkpoint_ms",
 }
+EVERY = 20
+"""Steps from one checkpoint to the next."""
 USUAL = [name for name, case in CASES.items() if case.workers > 1]
 
 
@@ -29,8 +31,10 @@ def rows(asked: int) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder:
             sides = Sides(CASES[name], Path(folder))
             for _ in range(asked):
-                sides.ours("--train.checkpoint_every=20")
-        runs = [metrics[CASES[name].warm_up :] for metrics in sides.metrics]
+                sides.ours(f"--train.checkpoint_every={EVERY}")
+        # Whole intervals, with the step after a checkpoint, which stands still for it, in each.
+        kept = (CASES[name].steps - CASES[name].warm_up) // EVERY * EVERY
+        runs = [metrics[-kept:] for metrics in sides.metrics]
         step = [statistics.fmean(row["step_ms"] for row in run) for run in runs]
         for kind, column in KINDS.items():
             spent = [statistics.fmean(row[column] for row in run) for run in runs]

@@ -143,6 +143,7 @@ class Sides:
         case = self._case
         settings = {
             "model": asdict(case.model),
+            "workers": case.workers,
             "threads": case.threads,
             "tokens": str(self._folder / "tokens.bin"),
             "windows": case.windows,

@@ -3,8 +3,8 @@
     python -m benchmarks.users [--short] [--rounds 5] [--case NAME ...] [--litgpt PYTHON]
 
 transformers' Trainer under torchrun (plain_trainer.py), on as many workers, which needs the extras
-test and bench; and, where a Python that has litgpt is named, litgpt's pretraining on all cores
-(plain_litgpt.py).  litgpt wants an older huggingface-hub than transformers, so it has an
+test and bench; and, where a Python that has litgpt is named, litgpt's pretraining with as many
+threads (plain_litgpt.py).  litgpt wants an older huggingface-hub than transformers, so it has an
 environment of its own:
 
     python3 -m venv litgpt && litgpt/bin/pip install torch==2.13.0 litgpt==0.5.13

@@ -218,8 +218,8 @@ class TrainConfig:
     precision: Precision = "auto"
     """auto: bf16 autocast where the hardware has it, else fp32."""
     compile: bool = False
-    """torch.compile the layers of the model, and on a GPU the loss.  Not for fp32 on AMD's CPUs
-    with AVX-512: they multiply faster without it."""
+    """torch.compile the layers of the model.  Not for fp32 on AMD's CPUs with AVX-512: they
+    multiply faster without it."""
     activation_checkpointing: bool = False
     """Keep only what goes into each layer, and compute the rest again for the gradient: less
     memory, more time, the same numbers."""

@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import time
-import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -72,11 +72,13 @@ def set_up(device: torch.device, threads: int, exact: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+def resolve_precision(
+    precision: Precision, device: torch.device, say: Callable[[str], None]
+) -> torch.dtype:
     """The dtype of matrix products.
 
     ``auto`` is bf16 on GPUs that have it, and on CPUs with AMX or AVX512-BF16; elsewhere bf16
-    is emulated and many times slower than fp32.
+    is emulated and many times slower than fp32, which ``say`` is told.
 
     Raises:
         UserError: bf16 was asked for on a GPU that lacks it.
@@ -91,7 +93,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
             raise UserError(f"{name} has no bf16; set --train.precision fp32")
-        warnings.warn(f"{cpu_kind()} has no bf16 and emulates it; fp32 is faster", stacklevel=2)
+        say(f"{cpu_kind()} has no bf16 and emulates it; --train.precision fp32 is faster")
         return torch.bfloat16
     return torch.bfloat16 if has_bf16 else torch.float32
 

@@ -27,6 +27,7 @@ PEAK_TFLOPS: dict[str, dict[torch.dtype, float]] = {
     "RTX 4090": {torch.bfloat16: 165.2, torch.float32: 82.6},
     "RTX 3090": {torch.bfloat16: 71.0, torch.float32: 35.6},
 }
+_LESSER = {"MIG", "LAPTOP", "MAX", "D"}
 _SIZE, _FIRST = 768, 4
 """Of the matrix product that shows what a CPU reaches."""
 
@@ -64,8 +65,11 @@ class Peak:
 
 
 def peak_flops_of(name: str, dtype: torch.dtype) -> float | None:
-    """Dense peak FLOP/s of the GPU called ``name``, as torch spells it; None if not known."""
+    """Dense peak FLOP/s of the GPU called ``name``, as torch spells it; None if not known, as of a
+    slice of one, or of a lesser one of that name."""
     words = name.upper().replace("-", " ").split()
+    if not _LESSER.isdisjoint(words):
+        return None
     for kind, peaks in PEAK_TFLOPS.items():
         if all(word in words for word in kind.upper().split()):
             return peaks[dtype] * 1e12 if dtype in peaks else None

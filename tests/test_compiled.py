@@ -5,7 +5,9 @@ That elsewhere nothing is compiled again is in test_watch.py, with a whole run."
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +103,27 @@ def test_without_a_token_nothing_leaves_the_machine(
     assert not (tmp_path / "run").exists()
     again = Machine(tmp_path / "run", tmp_path / "one", monkeypatch)
     assert again.files() == {"kernel.so": b"code"}
+    assert len(one.said) == 1 and "no token" in one.said[0]
+
+
+def test_what_is_being_compiled_stops_nothing(
+    token: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch writes each file under another name first, and others may do so meanwhile."""
+    run = tmp_path / "run"
+    one = Machine(run, tmp_path / "one", monkeypatch)
+    for name in ("kernel.so", "gone.so", ".1.2.tmp"):
+        (one.cache / name).write_bytes(b"code")
+    add = tarfile.TarFile.add
+
+    def late(archive: tarfile.TarFile, path: Path, *rest: Any) -> None:
+        (one.cache / "gone.so").unlink(missing_ok=True)
+        add(archive, path, *rest)
+
+    monkeypatch.setattr(tarfile.TarFile, "add", late)
+    one.layers.keep()
+    assert Machine(run, tmp_path / "two", monkeypatch).files() == {"kernel.so": b"code"}
+    assert not one.said
 
 
 def test_storage_that_refuses_is_said_and_stops_nothing(

@@ -1,6 +1,5 @@
 """Choice of device, precision and kernels.  GPUs are played by what torch would say of them."""
 
-import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -85,11 +84,12 @@ def test_cpus_take_bf16_only_where_it_is_fast(
     monkeypatch: pytest.MonkeyPatch, capability: str, auto: torch.dtype
 ) -> None:
     _set_capabilities(monkeypatch, capability)
-    assert devices.resolve_precision("auto", CPU) == auto
-    assert devices.resolve_precision("fp32", CPU) == torch.float32
-    slow = auto == torch.float32
-    with pytest.warns(UserWarning, match="emulates") if slow else contextlib.nullcontext():
-        assert devices.resolve_precision("bf16", CPU) == torch.bfloat16
+    said: list[str] = []
+    assert devices.resolve_precision("auto", CPU, said.append) == auto
+    assert devices.resolve_precision("fp32", CPU, said.append) == torch.float32
+    assert not said
+    assert devices.resolve_precision("bf16", CPU, said.append) == torch.bfloat16
+    assert ["emulates" in text for text in said] == [True] * (auto == torch.float32)
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
@@ -97,13 +97,13 @@ def test_gpus_take_bf16_where_they_have_it(monkeypatch: pytest.MonkeyPatch, has_
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     wanted = torch.bfloat16 if has_bf16 else torch.float32
-    assert devices.resolve_precision("auto", GPU) == wanted
-    assert devices.resolve_precision("fp32", GPU) == torch.float32
+    assert devices.resolve_precision("auto", GPU, print) == wanted
+    assert devices.resolve_precision("fp32", GPU, print) == torch.float32
     if has_bf16:
-        assert devices.resolve_precision("bf16", GPU) == torch.bfloat16
+        assert devices.resolve_precision("bf16", GPU, print) == torch.bfloat16
     else:
         with pytest.raises(UserError, match=r"Tesla T4 has no bf16; set --train.precision fp32"):
-            devices.resolve_precision("bf16", GPU)
+            devices.resolve_precision("bf16", GPU, print)
 
 
 def test_autocast_multiplies_in_its_dtype() -> None:

@@ -222,7 +222,7 @@ def test_a_checkpoint_beside_training_is_that_of_its_step(tmp_path: Path) -> Non
 
 def profiled(path: Path) -> None:
     """Some steps, of which two are profiled."""
-    profiler = Profiler(f"{STEPS[2]}:{STEPS[4]}", GPU, Folder.from_path(str(path)), 0.0)
+    profiler = Profiler(f"{STEPS[2]}:{STEPS[4]}", GPU, Folder.from_path(str(path)), 0.0, print)
     worker = Worker(profiler=profiler)
     for step in STEPS:
         with profiler.step(step):

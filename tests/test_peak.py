@@ -24,6 +24,9 @@ CPU = torch.device("cpu")
         ("NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12),
         ("NVIDIA L40", None, None),
         ("something new", None, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("NVIDIA GeForce RTX 4090 D", None, None),
     ],
 )
 def test_peaks_are_those_of_the_data_sheets(

@@ -30,7 +30,7 @@ LATE = 0.3
 
 def loop(folder: Path) -> list[str]:
     """Six steps of a worker, of which three are profiled; what lies in the folder after each."""
-    profiler = Profiler("2:5", torch.device("cpu"), Folder.from_path(str(folder)), 0.0)
+    profiler = Profiler("2:5", torch.device("cpu"), Folder.from_path(str(folder)), 0.0, print)
     seen = []
     for step in range(6):
         with profiler.step(step):
@@ -77,7 +77,7 @@ def test_traces_and_a_table_of_the_steps_that_were_named(tmp_path: Path) -> None
 def late(folder: Path) -> None:
     """Three steps of two workers, of which the second one is late in its backward passes."""
     rank, steps = torch.distributed.get_rank(), range(3)
-    profiler = Profiler("1:3", torch.device("cpu"), Folder.from_path(str(folder)), 0.0)
+    profiler = Profiler("1:3", torch.device("cpu"), Folder.from_path(str(folder)), 0.0, print)
     model = GPT(MODEL)
     if rank == 1:
         model.transformer.ln_f.register_full_backward_hook(lambda *_: time.sleep(LATE))
@@ -102,6 +102,25 @@ def test_waiting_within_a_backward_pass_is_no_part_of_it(tmp_path: Path) -> None
     for column in ms:
         step = column.pop("step")
         assert sum(column.values()) == pytest.approx(step, abs=0.1) and column["rest"] >= 0
+
+
+def refused(folder: Path) -> list[str]:
+    """What is said where the storage takes no profile."""
+    said: list[str] = []
+    run = Folder.from_path(str(folder))
+    profiler = Profiler("0:1", torch.device("cpu"), run, 0.0, said.append)
+    with profiler.step(0):
+        pass
+    return said
+
+
+def test_a_storage_that_takes_no_profile_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "profile").write_bytes(b"a file in the way")
+    (said,) = on_workers(1, refused, tmp_path)
+    assert [text.split(":")[0] for text in said] == [
+        "no steps_0_to_0_rank_0.json.gz",
+        "no steps_0_to_0.md",
+    ]
 
 
 def test_shares_add_up() -> None:

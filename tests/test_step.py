@@ -148,8 +148,8 @@ def test_every_number_of_workers_gives_the_same_bits(
 def test_the_modern_recipe_keeps_its_bits(one_worker: list[Any]) -> None:
     (alone,) = on_workers(1, train, -1, True)
     assert alone[-1] != one_worker[-1]
-    for world_size in (2, 3):
-        assert on_workers(world_size, train, -1, True) == [alone] * world_size
+    for world_size, way in ((2, "memory"), (3, "network"), (5, "memory"), (8, "network")):
+        assert on_workers(world_size, train, -1, True, way) == [alone] * world_size
 
 
 def test_a_step_that_is_not_finite_is_skipped_by_all(one_worker: list[Any]) -> None:

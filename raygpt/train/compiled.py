@@ -20,6 +20,7 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -62,24 +63,31 @@ class CompiledLayers:
             os.environ[_CACHE] = str(self._local)
 
     def _prepare(self) -> None:
+        if not _token():
+            self._say(
+                "compiled layers stay on the machine, since Ray asks for no token to sign them"
+            )
         if not self._local.exists():
             self._local.parent.mkdir(parents=True, exist_ok=True)
             unpacked = Path(tempfile.mkdtemp(dir=self._local.parent))
-            self._unpack_into(unpacked)
             try:
-                unpacked.rename(self._local)  # an empty folder may be replaced
-            except OSError:  # another worker of this machine was first
+                self._unpack_into(unpacked)
+                with suppress(OSError):  # another worker of this machine was first
+                    unpacked.rename(self._local)  # an empty folder may be replaced
+            finally:
                 shutil.rmtree(unpacked, ignore_errors=True)
 
     def keep(self) -> None:
         """Store what was compiled, if there is more than was stored or fetched so far."""
         files = [path for path in sorted(self._local.rglob("*")) if path.is_file()]
+        files = [path for path in files if path.suffix != ".tmp"]  # somebody writes it
         if len(files) <= self._kept or not _token():
             return
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w") as archive:
             for path in files:
-                archive.add(path, str(path.relative_to(self._local)))
+                with suppress(FileNotFoundError):  # others compile meanwhile
+                    archive.add(path, str(path.relative_to(self._local)))
         data = packed.getvalue()
         try:
             self._folder.write_bytes(self._name, self._sign(data) + data)

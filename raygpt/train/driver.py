@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from raygpt.config import Config
+from raygpt.config import Config, profiled_steps
 from raygpt.storage import Folder
 from raygpt.train import checkpoints
 from raygpt.train.console import say, table
@@ -68,6 +68,12 @@ def _run(config: Config, dry_run: bool, began: float, template: Template | None)
 
         lead.conclude(job, console, began, rows, warn)
         return
+    profiled = profiled_steps(config.train.profile)
+    if profiled and profiled.start < step:
+        warn(
+            f"train.profile {config.train.profile}: the run goes on with step {step:,}, and no "
+            "step before it is profiled"
+        )
     say(console, "connecting to Ray ...")
     from raygpt.train import cluster
 

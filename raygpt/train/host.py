@@ -38,13 +38,19 @@ def check_reachable(run: Folder, patience: float, say: Callable[[str], None]) ->
         )
 
 
-def gather_machines(device: torch.device) -> tuple[list[dict[str, Any]], bool]:
+def gather_machines(device: torch.device, dtype: torch.dtype) -> tuple[list[dict[str, Any]], bool]:
     """The machines of this group of workers; every worker calls it.
+
+    Args:
+        device, dtype: of this worker, and what it multiplies in.
 
     Returns:
         Of each machine its ``address``, ``device`` (of the first worker there), ``cpus``,
         ``memory`` in bytes, number of ``workers`` and their ``ranks``, in the order of these; and
         whether this worker is the first one of its machine.
+
+    Raises:
+        UserError: not all workers multiply in the same type, so it would matter who has a lane.
     """
     mine = {
         "address": ray.util.get_node_ip_address(),
@@ -53,10 +59,16 @@ def gather_machines(device: torch.device) -> tuple[list[dict[str, Any]], bool]:
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (ray.get_runtime_context().get_node_id(), mine))
+    dist.all_gather_object(everyone, (ray.get_runtime_context().get_node_id(), mine, dtype))
     machines: dict[str, dict[str, Any]] = {}
-    nodes = [node for node, _ in everyone]
-    for rank, (node, found) in enumerate(everyone):
+    nodes = [node for node, _, _ in everyone]
+    types = {of: f"{of} on {found['device']} ({found['address']})" for _, found, of in everyone}
+    if len(types) > 1:
+        raise UserError(
+            f"workers would multiply in {' and in '.join(types.values())}, and the model would "
+            "depend on who does what; set --train.precision fp32, or use machines of one kind"
+        )
+    for rank, (node, found, _) in enumerate(everyone):
         machine = machines.setdefault(node, {**found, "workers": 0, "ranks": []})
         machine["workers"] += 1
         machine["ranks"].append(rank)

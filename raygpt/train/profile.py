@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from raygpt import device as devices
 from raygpt.config import profiled_steps
-from raygpt.storage import Folder, patiently
+from raygpt.storage import Folder, StorageError, patiently
 
 PARTS = ("data", "forward", "backward", "exchange", "update")
 REST = "rest"
@@ -38,10 +38,19 @@ class Profiler:
         steps: ``N:M``, or empty for none.
         run: the run's folder, which gets :data:`FOLDER`.
         patience: seconds for which a storage that refuses is tried again.
+        say: told if it does, and if a file is not written in the end.
     """
 
-    def __init__(self, steps: str, device: torch.device, run: Folder, patience: float) -> None:
+    def __init__(
+        self,
+        steps: str,
+        device: torch.device,
+        run: Folder,
+        patience: float,
+        say: Callable[[str], None],
+    ) -> None:
         self._steps, self._device, self._patience = profiled_steps(steps), device, patience
+        self._say = say
         self._folder = run.child(FOLDER)
         self._torch: torch.profiler.profile | None = None
         self._spent: dict[str, float] = {}
@@ -109,7 +118,10 @@ class Profiler:
             self._write(f"{name}.md", table(rows).encode())
 
     def _write(self, name: str, data: bytes) -> None:
-        patiently(lambda: self._folder.write_bytes(name, data), self._patience)
+        try:
+            patiently(lambda: self._folder.write_bytes(name, data), self._patience, self._say)
+        except StorageError as error:  # what was trained is worth more
+            self._say(f"no {name}: {error}")
 
 
 def table(workers: list[dict[str, float]]) -> str:

@@ -80,7 +80,7 @@ class Worker:
         self.device = devices.worker_device(config.scale.gpus_per_worker or 0)
         devices.set_up(self.device, config.scale.threads, bool(config.train.exact))
         devices.check_compilers(self.device, config.train.compile)
-        self.dtype = devices.resolve_precision(config.train.precision, self.device)
+        self.dtype = devices.resolve_precision(config.train.precision, self.device, listener.say)
         self.peak = Peak(self.device, self.dtype)
         self.recorder = Recorder(config.model, self.peak, self.world_size)
 
@@ -113,7 +113,7 @@ class Worker:
             )
         self.ddp = data_parallel(self.model)
         patience = config.run.storage_patience
-        self.profiler = Profiler(config.train.profile, self.device, job.run, patience)
+        self.profiler = Profiler(config.train.profile, self.device, job.run, patience, listener.say)
         self.stepper = Stepper(
             self.model,
             self.ddp,
@@ -145,7 +145,7 @@ class Worker:
         """Whether weights, optimizer and position belong to one step; who looks or changes."""
         self.copier = devices.Copier(self.device)
         self.log: RunLog | None = None
-        machines, first_here = gather_machines(self.device)
+        machines, first_here = gather_machines(self.device, self.dtype)
         if first_here:
             notice.watch(listener.say)
         if self.rank == 0:
