@@ -26,12 +26,14 @@ def said(stragglers: Stragglers, *rows: tuple[float, ...]) -> list[str]:
 
 def test_a_slow_worker_is_named_once_with_its_machine() -> None:
     (text,) = said(Stragglers(1.5, MACHINES), (10, 12, 31), (10, 12, 31), (10, 12, 33))
-    assert text.startswith("worker 2 on 10.0.0.3 takes 31.0 ms for a lane, 2.8 times the median")
+    assert text.startswith(
+        "worker 2 on 10.0.0.3 takes 31.0 ms for a lane and its data, 2.8 times the median"
+    )
 
 
 def test_of_two_the_other_one_is_the_measure() -> None:
     (text,) = said(Stragglers(1.5, MACHINES), (16, 10))
-    assert text.startswith("worker 0 on 10.0.0.1 takes 16.0 ms for a lane, 1.6 times")
+    assert text.startswith("worker 0 on 10.0.0.1 takes 16.0 ms for a lane and its data, 1.6 times")
 
 
 def test_it_is_named_again_when_it_was_not_slow_in_between() -> None:
@@ -51,8 +53,11 @@ def test_nobody_is_judged_alone_or_without_a_factor_or_a_measure() -> None:
     assert not said(Stragglers(1.5, MACHINES), (0, 10, 90))
 
 
-def train(pauses: dict[int, float]) -> list[tuple[float, ...]]:
-    """What a few steps say of the workers, of which some pause in each forward pass."""
+def train(
+    pauses: dict[int, float], data_waits: dict[int, float] | None = None
+) -> list[tuple[float, ...]]:
+    """What a few steps say of the workers, of which some pause in each forward pass, or waited for
+    the data of the step."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     model = GPT(MODEL)
     pause = pauses.get(rank, 0.0)
@@ -68,7 +73,8 @@ def train(pauses: dict[int, float]) -> list[tuple[float, ...]]:
     found = []
     for step in range(6):
         mine = {lane: windows(5, lane) for lane in range(LANES) if owners[lane] == rank}
-        result = stepper.gradient(StepWindows(step, 0, mine), owners)
+        waited = (data_waits or {}).get(rank, 0.0)
+        result = stepper.gradient(StepWindows(step, 0, mine), owners, (), waited)
         stepper.update(result, 1e-3)
         found.append(result.lane_ms)
     return found
@@ -82,3 +88,9 @@ def test_each_step_knows_what_the_one_before_took_each_worker() -> None:
     assert none == (0, 0, 0) and len(measured) == 3
     for times in measured:
         assert times[1] > 2 * max(times[0], times[2]) > 0, "and nobody's time has waiting in it"
+
+
+def test_a_worker_that_waits_for_its_data_is_slow_too() -> None:
+    _, second, third, *_ = on_workers(3, train, {}, {2: 30.0})[0]
+    # Seconds for two of eight lanes, since each worker has two or three.
+    assert second[2] > 10_000 > 100 * max(second[:2]) and third[2] > 10_000

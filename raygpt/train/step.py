@@ -44,8 +44,8 @@ class StepResult:
     votes: tuple[int, ...]
     """Of each question put to all workers, how many said yes."""
     lane_ms: tuple[float, ...]
-    """Of each worker, the milliseconds that it computed for a lane in the step before; 0 where
-    there was none.  Waiting for others is no part of it."""
+    """Of each worker, the milliseconds that it computed for a lane in the step before, or waited
+    for its data; 0 where there was none.  Waiting for others is no part of it."""
 
 
 class Stepper:
@@ -83,7 +83,11 @@ class Stepper:
         self._timer, self._lane_us = devices.Timer(device), 0
 
     def gradient(
-        self, batch: StepWindows, owners: tuple[int, ...], votes: Sequence[int] = ()
+        self,
+        batch: StepWindows,
+        owners: tuple[int, ...],
+        votes: Sequence[int] = (),
+        data_wait: float = 0.0,
     ) -> StepResult:
         """Forward, backward and sum for one global batch; weights stay as they are.
 
@@ -91,6 +95,7 @@ class Stepper:
             batch: this worker's windows of the step.
             owners: the rank that computes each lane; equal on every worker.
             votes: this worker's answers, 0 or 1 each; as many on every worker.
+            data_wait: seconds for which this worker waited for ``batch``.
         """
         plan = reduce_plan(owners, dist.get_rank(), dist.get_world_size())
         self._gradients.begin(plan)
@@ -121,7 +126,7 @@ class Stepper:
             told = torch.cat([report, _as_integers(self._norm[None])]).cpu()
         lane_losses, hashes, counted, lane_us, norm = self._read(told, len(votes))
         loss = math.fsum(lane_losses) / self._lanes
-        own_ms = self._timer.ms() - self._gradients.exchange_ms
+        own_ms = self._timer.ms() - self._gradients.exchange_ms + 1000 * data_wait
         self._lane_us = round(1000 * own_ms / len(plan.lanes))
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         lane_ms = tuple(us / 1000 for us in lane_us)

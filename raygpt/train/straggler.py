@@ -9,7 +9,7 @@ WINDOW_STEPS = 20
 
 
 class Stragglers:
-    """Looks at what a lane takes each worker; a worker is named again once it was not slow.
+    """Looks at what a lane and its data take each worker; who was not slow for once is named again.
 
     Args:
         factor: so many times the median of the others is too slow; 0 for no judgement.
@@ -26,7 +26,8 @@ class Stragglers:
         """What is to be said after one more step, a sentence for each slow worker.
 
         Args:
-            lane_ms: milliseconds that a lane took each worker, by rank; 0 if not known.
+            lane_ms: milliseconds that a lane and its data took each worker, by rank; 0 if not
+                known.
         """
         if not self._factor or len(lane_ms) < 2 or not all(lane_ms):
             return []
@@ -47,6 +48,6 @@ class Stragglers:
             return ""
         self._named.add(rank)
         return (
-            f"worker {rank} on {self._addresses[rank]} takes {mine:.1f} ms for a lane, "
-            f"{mine / others:.1f} times the median of the others; all wait for it"
+            f"worker {rank} on {self._addresses[rank]} takes {mine:.1f} ms for a lane and its "
+            f"data, {mine / others:.1f} times the median of the others; all wait for it"
         )

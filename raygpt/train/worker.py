@@ -205,7 +205,7 @@ class Worker:
                     decay_tokens=self.job.decay_tokens,
                 )
                 owners = self.segments.owners(batch.segment, self.world_size)
-                result = self.stepper.gradient(batch, owners, self.listener.votes())
+                result = self.stepper.gradient(batch, owners, self.listener.votes(), data_wait)
                 began += self._wait_for_copy()  # which is not the step's own time
                 with self._changing_state():
                     with self.profiler.part("update"):
