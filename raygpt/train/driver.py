@@ -79,6 +79,11 @@ def _run(config: Config, dry_run: bool, began: float, template: Template | None)
 
     alone = cluster.connect(template)
     scale = cluster.fit_scale(job.config.scale, alone)
+    if not (alone or scale.gpus_per_worker) and scale.threads > scale.cpus_per_worker:
+        warn(
+            f"scale.threads {scale.threads}: a worker has {scale.cpus_per_worker:g} CPUs of the "
+            f"cluster, and shares others; set --scale.cpus_per_worker {scale.threads}"
+        )
     job = replace(job, config=replace(job.config, scale=scale))
     from raygpt.train.control import start_control
 

@@ -16,14 +16,18 @@ MAX_WORKERS = 3
 SETTINGS = f"""
 run: {{storage: STORAGE}}
 data: {{corpus: CORPUS, segment_steps: SEGMENT}}
-model: {{n_layer: 2, n_head: 2, n_embd: 32, block_size: 32, vocab_size: 264, dropout: 0.1}}
+model: {{n_layer: 2, n_head: 2, n_embd: 32, block_size: 32, vocab_size: 264, dropout: 0.1NETWORK}}
 batch: {{tokens: TOKENS, lanes: 4, micro: 8}}
-optim: {{max_lr: 3.0e-3, warmup_steps: 20, decay_tokens: 20000000}}
+optim: {{max_lr: 3.0e-3, warmup_steps: 20, decay_tokens: 20000000OPTIMIZER}}
 train:
   {{log_every: 50, eval_every: 100, eval_tokens: 4096, checkpoint_every: 250,
   sample_prompt: "", precision: fp32}}
 scale: {{workers: "1:{MAX_WORKERS}", gpus_per_worker: 0}}
 """
+MODERN = {
+    "NETWORK": ", positions: rotary, norm: rms, qk_norm: true, activation: relu2, bias: false",
+    "OPTIMIZER": ", matrices: muon",
+}
 _LINE_BYTES = 4096
 _ROOT = Path(__file__).parents[2]
 
@@ -38,12 +42,13 @@ class Trial:
     """The run's end, which its learning rate does not depend on."""
 
     @staticmethod
-    def prepare(folder: Path, tokens: int, segment: int = 100) -> None:
+    def prepare(folder: Path, tokens: int, segment: int = 100, modern: bool = False) -> None:
         """Write corpus and settings for the trials of a folder.
 
         Args:
             tokens: of a step.
             segment: steps that one block of the stream holds.
+            modern: the recipe, in the place of GPT-2's.
         """
         text = (resources.files("raygpt") / "assets" / "tinyshakespeare.txt").read_bytes()[:60_000]
         (folder / "text.txt").write_bytes(text)
@@ -55,6 +60,7 @@ class Trial:
             ("CORPUS", corpus),
             ("SEGMENT", segment),
             ("TOKENS", tokens),
+            *((part, more if modern else "") for part, more in MODERN.items()),
         ):
             settings = settings.replace(name, str(value))
         (folder / "run.yaml").write_text(settings)
