@@ -3,8 +3,8 @@
     python -m benchmarks.checkpoint [--model small|gpt2] [--steps 20] [--rounds 5] [--workers 2]
 
 Both sides train the same model in the same processes and in turns, round after round: a
-checkpoint, then so many steps.  Printed are medians over the rounds, of rank 0: how long the loop
-stood still for a checkpoint, and how much longer the round took than its steps alone.
+checkpoint, then so many steps.  Printed are medians and quartiles over the rounds, of rank 0: how
+long the loop stood still for a checkpoint, and how much longer a round took than one without.
 """
 
 import argparse
@@ -12,12 +12,14 @@ import os
 import statistics
 import tempfile
 import time
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from benchmarks.processes import on_processes
+from benchmarks.turns import in_turns, quartiles, ratio
 from raygpt.config import ModelConfig, OptimConfig
 from raygpt.data.order import Segments
 from raygpt.data.stream import StepWindows
@@ -101,23 +103,25 @@ def worker(name: str, steps: int, rounds: int, folder: str) -> None:
     sides = (NONE, IN_PLACE, BACKGROUND)
     for side in sides:  # makes buffers and the optimizer's state
         trainer.round(side, 2)
-    times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
-    for _ in range(rounds):
-        for side in sides:
-            times[side].append(trainer.round(side, steps))
+    times = in_turns([partial(trainer.round, side, steps) for side in sides], rounds)
     if trainer.log is None:
         return
     trainer.log.close()
-    still = {side: statistics.median(s for s, _ in times[side]) for side in sides}
-    took = {side: statistics.median(t for _, t in times[side]) for side in sides}
+    still = {side: [s for s, _ in t] for side, t in zip(sides, times, strict=True)}
+    took = {side: [t for _, t in ts] for side, ts in zip(sides, times, strict=True)}
     size = 12 * sum(p.numel() for p in trainer.model.parameters())
-    print(f"{name}: {size / 2**20:.0f} MiB a checkpoint, step {took[NONE] / steps:.1f} ms")
+    step = statistics.median(took[NONE]) / steps
+    print(f"{name}: {size / 2**20:.0f} MiB a checkpoint, step {step:.1f} ms")
     for side in (IN_PLACE, BACKGROUND):
+        longer = [
+            with_one - without for with_one, without in zip(took[side], took[NONE], strict=True)
+        ]
+        low, middle, high = quartiles(longer)
         print(
-            f"  {side}: the loop stands still for {still[side]:.2f} ms, "
-            f"the round takes {took[side] - took[NONE]:+.0f} ms"
+            f"  {side}: the loop stands still for {statistics.median(still[side]):.2f} ms, "
+            f"the round takes {middle:+.0f} ms ({low:+.0f} to {high:+.0f})"
         )
-    print(f"  stall, {BACKGROUND} to {IN_PLACE}: {still[BACKGROUND] / still[IN_PLACE]:.2%}")
+    print(f"  stall, {IN_PLACE} to {BACKGROUND}: {ratio(still[IN_PLACE], still[BACKGROUND])}")
 
 
 def main() -> None:
@@ -127,6 +131,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds: two at least, for the quartiles")
     print(f"{cpu_kind()}, {os.cpu_count()} cores, torch {torch.__version__}, 1 thread a worker")
     with tempfile.TemporaryDirectory() as folder:
         on_processes(

@@ -1,6 +1,6 @@
 """What the size of chunks costs in loss: a lane goes through one chunk after the other.
 
-    python benchmarks/shuffle.py [--chunks 257 1025 8192 65536] [--steps 2600]
+    python -m benchmarks.shuffle [--chunks 257 1025 8192 65536] [--steps 2600]
 
 Trains the same small model on the first nine tenths of the embedded text, two lanes of six windows,
 with the text cut into chunks of each size, and prints the loss on the last tenth, nats a byte.  A
