@@ -75,16 +75,20 @@ def test_every_lane_has_one_owner(bits: int, draws: st.DataObject) -> None:
 def test_blocks_go_to_the_workers_in_turn(bits: int, draws: st.DataObject) -> None:
     """Block b of the stream, which begins with segment 1, is for rank b mod W: Ray deals so.
 
-    Segment 0 is no part of the stream: there a worker takes the lanes l = rank (mod W).
+    Segment 0 is no part of the stream: there a worker takes what it would get of segment 1.
     """
     lanes = 2**bits
     plan = draws.draw(segments(lanes))
     for world_size in range(1, lanes + 1):
-        own = tuple(lane % world_size for lane in range(lanes))
-        assert plan.owners(0, world_size) == own
-        later = [plan.owners(segment, world_size) for segment in range(1, plan.count)]
-        blocks = [owner for owners in later for owner in owners]
+        blocks = []
+        for segment in range(1, plan.count):
+            owners, dealt = plan.owners(segment, world_size), plan.dealt(segment, world_size)
+            assert sorted(dealt) == list(range(lanes))
+            blocks += [owners[lane] for lane in dealt]
         assert blocks == [block % world_size for block in range(len(blocks))]
+        if plan.count > 1:
+            assert plan.owners(0, world_size) == plan.owners(1, world_size)
+            assert plan.dealt(0, world_size) == plan.dealt(1, world_size)
 
 
 @settings(max_examples=60, deadline=None)
@@ -138,4 +142,5 @@ def test_a_position_in_the_far_future_is_arithmetic() -> None:
     assert plan.of_step(step + 3) == last
     assert plan.bounds(last) == (step + 3, step + 4)
     first_block = (last - 1) * 4
-    assert plan.owners(last, 3) == tuple((first_block + lane) % 3 for lane in range(4))
+    owners, dealt = plan.owners(last, 3), plan.dealt(last, 3)
+    assert [owners[lane] for lane in dealt] == [(first_block + turn) % 3 for turn in range(4)]

@@ -70,7 +70,7 @@ def dealt_in_turns(plan: ReadPlan, segments: Segments, W: int, rank: int) -> Ite
     blocks = [
         (lane, *segments.bounds(segment))
         for segment in range(1, segments.count)
-        for lane in range(plan.lanes)
+        for lane in segments.dealt(segment, W)
     ]
     for lane, first, stop in blocks[rank::W]:
         yield from read_block(plan, lane, first, stop)

@@ -21,7 +21,7 @@ generator, so an order recorded today holds under any later version of numpy.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -202,13 +202,37 @@ class DataOrder:
         return found
 
 
+def lane_order(lanes: Iterable[int], total: int) -> list[int]:
+    """Lanes so that those of a subtree of the canonical sum follow each other (bits reversed)."""
+    bits = total.bit_length() - 1
+    return sorted(lanes, key=lambda lane: int(f"{lane:0{bits}b}"[::-1], 2) if bits else 0)
+
+
+@lru_cache(maxsize=256)
+def _deal(lanes: int, first: int, world_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The lanes in the order in which they are dealt, one after the other to each rank in turn
+    from rank ``first`` on; and the rank that gets each lane."""
+    ranks = [(first + turn) % world_size for turn in range(lanes)]
+    dealt = list(range(lanes))
+    if world_size & (world_size - 1):
+        # A rank's share is a run of the tree's leaves, and so a few whole subtrees.
+        shares, begin = {}, 0
+        for rank in range(world_size):
+            shares[rank] = iter(lane_order(range(lanes), lanes)[begin : begin + ranks.count(rank)])
+            begin += ranks.count(rank)
+        dealt = [next(shares[rank]) for rank in ranks]
+    owner = dict(zip(dealt, ranks, strict=True))
+    return tuple(dealt), tuple(owner[lane] for lane in range(lanes))
+
+
 @dataclass(frozen=True)
 class Segments:
     """Steps ``start`` to ``stop`` cut into runs of ``length`` steps, and their owners.
 
-    Segment 0 is read by the workers themselves; the blocks of the later ones, numbered
-    segment by segment and lane by lane, go to the workers in turn.  So with W a power of two
-    a worker keeps the lanes l = rank (mod W); with any other W its lanes change by segment.
+    Segment 0 is read by the workers themselves; the blocks of the later ones go to the workers in
+    turn, segment by segment.  With W a power of two they come lane by lane, so a worker keeps the
+    lanes l = rank (mod W), which are a subtree of the canonical sum.  With any other W they come
+    so that a worker's lanes are few subtrees, and change by segment.
     """
 
     start: int
@@ -230,5 +254,12 @@ class Segments:
 
     def owners(self, segment: int, world_size: int) -> tuple[int, ...]:
         """Rank that computes each lane in this segment."""
+        return self._deal(segment, world_size)[1]
+
+    def dealt(self, segment: int, world_size: int) -> tuple[int, ...]:
+        """The lanes in the order in which their blocks of this segment are dealt."""
+        return self._deal(segment, world_size)[0]
+
+    def _deal(self, segment: int, world_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         first_block = max(0, segment - 1) * self.lanes
-        return tuple((first_block + lane) % world_size for lane in range(self.lanes))
+        return _deal(self.lanes, first_block % world_size, world_size)

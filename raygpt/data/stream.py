@@ -1,6 +1,7 @@
 """The stream: blocks of windows that Ray Data carries to the workers of a run.
 
-Each read task yields one block of one row: the windows of one (segment, lane), tagged.  Ray
+Each read task yields one block of one row: the windows of one (segment, lane), tagged.  Which lane
+that is depends on the number of workers, which is known when the stream is split for them.  Ray
 Data's output splitter gives the next block to the worker with the fewest rows, ties to the
 lowest rank; with ``preserve_order`` and blocks of one row each, block b goes to rank b mod W,
 so :meth:`raygpt.data.order.Segments.owners` knows every owner.  A worker reads segment 0
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.data
-from ray.data import DataIterator, Dataset, ExecutionOptions
+from ray.data import DataContext, DataIterator, Dataset, ExecutionOptions
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
@@ -33,6 +34,8 @@ from raygpt.data.reader import ReadPlan, WindowReader, shared_reader
 PACE_SECONDS = 0.05
 """A pause for each turn of Ray Data's loop."""
 LONGEST_PAUSE_SECONDS = 1.0
+_WORLD_SIZE = "raygpt.world_size"
+"""Of what a dataset's context tells its tasks."""
 _SCHEMA = pa.schema(
     [("lane", pa.int64()), ("first_step", pa.int64()), ("windows", pa.large_binary())]
 )
@@ -48,8 +51,16 @@ def read_block(plan: ReadPlan, lane: int, first: int, stop: int) -> list[pa.Tabl
     return [pa.table([[lane], [first], [windows.tobytes()]], schema=_SCHEMA)]
 
 
+def read_turn(
+    read: Callable[[int, int, int], list[pa.Table]], segments: Segments, segment: int, turn: int
+) -> list[pa.Table]:
+    """What ``read`` returns for the lane whose turn it is; runs in a Ray Data task."""
+    world_size: int = DataContext.get_current().get_config(_WORLD_SIZE, 1)
+    return read(segments.dealt(segment, world_size)[turn], *segments.bounds(segment))
+
+
 class WindowSource(Datasource):
-    """The blocks of segments 1, 2, ..., segment by segment and lane by lane."""
+    """The blocks of segments 1, 2, ..., segment by segment, as they are dealt."""
 
     def __init__(self, plan: ReadPlan, segments: Segments, token_bytes: int) -> None:
         super().__init__()
@@ -70,8 +81,12 @@ class WindowSource(Datasource):
             size = windows * (self._plan.block_size + 1) * self._token_bytes
             metadata = BlockMetadata(num_rows=1, size_bytes=size, input_files=None, exec_stats=None)
             tasks += [
-                ReadTask(partial(read_block, self._plan, lane, first, stop), metadata, _SCHEMA)
-                for lane in range(self._plan.lanes)
+                ReadTask(
+                    partial(read_turn, partial(read_block, self._plan), self._segments, segment, t),
+                    metadata,
+                    _SCHEMA,
+                )
+                for t in range(self._plan.lanes)
             ]
         return tasks
 
@@ -137,6 +152,7 @@ class StreamConfig(DataConfig):
             dataset = dataset.copy(dataset)
             dataset.context.execution_options = self._resolve_execution_options(name)
             dataset.context.custom_execution_callback_classes = [Paced]
+            dataset.context.set_config(_WORLD_SIZE, world_size)
             for rank, split in enumerate(dataset.streaming_split(world_size, equal=False)):
                 result[rank][name] = split
         return result
@@ -172,7 +188,8 @@ def lane_steps(
         first, stop = segments.bounds(segment)
         owners = segments.owners(segment, world_size)
         lanes: dict[int, np.ndarray] = {}
-        for lane in (lane for lane, owner in enumerate(owners) if owner == rank):
+        dealt = segments.dealt(segment, world_size)
+        for lane in (lane for lane in dealt if owners[lane] == rank):
             if segment == 0:
                 lanes[lane] = reader.read(lane, first, stop)
             else:

@@ -8,14 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from raygpt.data.order import Segments, lane_order
+
 Node = tuple[int, int]
 """(j, m): the sum of the lanes l = m (mod L / 2**j)."""
-
-
-def lane_order(lanes: Sequence[int], total: int) -> list[int]:
-    """The lanes of a worker so that those of a subtree follow each other (bits reversed)."""
-    bits = total.bit_length() - 1
-    return sorted(lanes, key=lambda lane: int(f"{lane:0{bits}b}"[::-1], 2) if bits else 0)
 
 
 def sibling(node: Node, total: int) -> Node:
@@ -93,5 +89,9 @@ def reduce_plan(owners: tuple[int, ...], rank: int, world_size: int) -> ReducePl
 
 def most_sums(lanes: int, world_size: int) -> int:
     """How many sums of lanes, each as large as the gradient, a worker holds at once."""
-    deal = [range(rank, lanes, world_size) for rank in range(world_size)]
-    return max(LaneForest(mine, lanes).most for mine in deal)
+    segments = Segments(0, world_size + 1, 1, lanes)
+    return max(
+        LaneForest([lane for lane, owner in enumerate(owners) if owner == rank], lanes).most
+        for owners in {segments.owners(s, world_size) for s in range(segments.count)}
+        for rank in range(world_size)
+    )
