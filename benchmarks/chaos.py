@@ -184,7 +184,7 @@ def main() -> None:
             "",
             *costs(outcomes, checks.redone(disturbed, outcomes)),
             "",
-            f"The goal of a new machine is for the pause: it takes its time to start. Goodput is "
+            "The goal of a new machine is for the pause: it takes its time to start. Goodput is "
             "the share of wall time in steps that count, until the last event is over; left "
             f"alone, raygpt's is {goodput(quiet.ledger()):.0%}.",
             "",

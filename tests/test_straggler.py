@@ -92,5 +92,6 @@ def test_each_step_knows_what_the_one_before_took_each_worker() -> None:
 
 def test_a_worker_that_waits_for_its_data_is_slow_too() -> None:
     _, second, third, *_ = on_workers(3, train, {}, {2: 30.0})[0]
-    # Seconds for two of eight lanes, since each worker has two or three.
-    assert second[2] > 10_000 > 100 * max(second[:2]) and third[2] > 10_000
+    # At most three of the eight lanes share the seconds.
+    for times in (second, third):
+        assert times[2] > 10_000 and times[2] > 2 * max(times[:2])

@@ -216,11 +216,9 @@ def _deal(lanes: int, first: int, world_size: int) -> tuple[tuple[int, ...], tup
     dealt = list(range(lanes))
     if world_size & (world_size - 1):
         # A rank's share is a run of the tree's leaves, and so a few whole subtrees.
-        shares, begin = {}, 0
-        for rank in range(world_size):
-            shares[rank] = iter(lane_order(range(lanes), lanes)[begin : begin + ranks.count(rank)])
-            begin += ranks.count(rank)
-        dealt = [next(shares[rank]) for rank in ranks]
+        by_rank = sorted(range(lanes), key=ranks.__getitem__)
+        for turn, lane in zip(by_rank, lane_order(range(lanes), lanes), strict=True):
+            dealt[turn] = lane
     owner = dict(zip(dealt, ranks, strict=True))
     return tuple(dealt), tuple(owner[lane] for lane in range(lanes))
 

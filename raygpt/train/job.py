@@ -310,7 +310,7 @@ def derived(job: Job) -> dict[str, str]:
     epoch_tokens = job.epoch_windows * plan.block_size
     micros = -(-g // micro)
     scale = config.scale
-    sums = max(most_sums(lanes, w) for w in range(scale.min_workers, scale.max_workers + 1))
+    sums = most_sums(lanes, scale.min_workers, scale.max_workers)
     ramp = ""
     if plan.ramp_tokens:
         ramp = f" (from {config.batch.ramp_start_tokens:,}, over {plan.ramp_tokens:,} tokens)"

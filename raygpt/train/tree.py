@@ -87,11 +87,18 @@ def reduce_plan(owners: tuple[int, ...], rank: int, world_size: int) -> ReducePl
     return ReducePlan(owners, rank, world_size, forests[rank], parts)
 
 
-def most_sums(lanes: int, world_size: int) -> int:
-    """How many sums of lanes, each as large as the gradient, a worker holds at once."""
-    segments = Segments(0, world_size + 1, 1, lanes)
-    return max(
-        LaneForest([lane for lane, owner in enumerate(owners) if owner == rank], lanes).most
-        for owners in {segments.owners(s, world_size) for s in range(segments.count)}
-        for rank in range(world_size)
-    )
+def most_sums(lanes: int, fewest: int, most: int) -> int:
+    """How many sums of lanes, each as large as the gradient, a worker holds at once, of ``fewest``
+    to ``most`` workers.
+
+    The fewer workers, the more; but a power of two has fewer than the next number has.
+    """
+    found = 0
+    for world_size in range(fewest, min(most, fewest + 2) + 1):
+        segments = Segments(0, world_size + 1, 1, lanes)
+        for owners in {segments.owners(s, world_size) for s in range(segments.count)}:
+            shares: list[list[int]] = [[] for _ in range(world_size)]
+            for lane, owner in enumerate(owners):
+                shares[owner].append(lane)
+            found = max(found, *(LaneForest(share, lanes).most for share in shares))
+    return found
