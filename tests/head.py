@@ -75,7 +75,8 @@ class Node:
         found = []
         for process in self.family():
             with contextlib.suppress(psutil.NoSuchProcess):
-                if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::RayTrainWorker"):
+                # Asked once: one that ends has no words any more.
+                if "".join(process.cmdline()).startswith("ray::RayTrainWorker"):
                     found.append(process)
         return found
 

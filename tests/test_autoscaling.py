@@ -110,19 +110,21 @@ def test_an_elastic_run_starts_with_what_is_there_and_grows(
     wait(lambda: growing.machines() == 0, "the cluster is not empty")
     growing.allow(1)
     process = run.start("--scale.workers", f"1:{MOST}", "--train.steps", "50000")
-    wait_for(process, lambda: bool(run.rows()))
-    assert run.rows()[0]["world_size"] == growing.machines() == 1
-    growing.allow(MOST)
-    wait_for(process, lambda: growing.scouts() > 0)
-    wait_for(process, lambda: run.rows()[-1]["world_size"] == MOST)
-    assert growing.machines() == MOST
-    templates = {worker.parent() for worker in growing.nodes[0].workers()}
-    sockets = [Path(template.cmdline()[-1]) for template in templates if template]
-    alone = max(row["time"] for row in run.rows() if row["world_size"] == 1)
-    assert len(sockets) == MOST
-    assert all(socket.stat().st_mtime < alone for socket in sockets), "training waits for imports"
-    wait(lambda: not growing.scouts(), "what went ahead stays")
-    process.terminate()
+    try:
+        wait_for(process, lambda: bool(run.rows()))
+        assert run.rows()[0]["world_size"] == growing.machines() == 1
+        growing.allow(MOST)
+        wait_for(process, lambda: growing.scouts() > 0)
+        wait_for(process, lambda: run.rows()[-1]["world_size"] == MOST)
+        assert growing.machines() == MOST
+        templates = {worker.parent() for worker in growing.nodes[0].workers()}
+        sockets = [Path(template.cmdline()[-1]) for template in templates if template]
+        alone = max(row["time"] for row in run.rows() if row["world_size"] == 1)
+        assert len(sockets) == MOST
+        assert all(socket.stat().st_mtime < alone for socket in sockets), "training waits for imports"
+        wait(lambda: not growing.scouts(), "what went ahead stays")
+    finally:  # else its machines would stay for the next test
+        process.terminate()
     finish(process, status=128 + signal.SIGTERM)
     assert run.redone() == []
     wait(lambda: growing.machines() == 0, "the cluster does not shrink")
