@@ -12,7 +12,7 @@ an hour on two cores, and needs the extra test.  What takes longer has a command
 import argparse
 from pathlib import Path
 
-from benchmarks import gelu, linear, loss, malloc, memory, shares, start, step, stream
+from benchmarks import attention, gelu, linear, loss, malloc, memory, shares, start, step, stream
 from benchmarks.turns import machine
 
 HEAD = ["what", "raygpt", "compared with", "that", "ratio"]
@@ -26,7 +26,7 @@ def main() -> None:
     if arguments.rounds < 2:
         parser.error("--rounds: two at least, for the quartiles")
     lines = [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
-    for module in (loss, linear, gelu, malloc, start, step, shares, stream, memory):
+    for module in (loss, linear, attention, gelu, malloc, start, step, shares, stream, memory):
         for row in module.rows(arguments.rounds):
             print(row, flush=True)
             lines.append(f"| {' | '.join(row)} |")

@@ -3,8 +3,8 @@
 The logits of N tokens over V words are the largest thing of a small model.  They are made in
 chunks, turned into probabilities, and these at once into gradients; the backward pass only scales
 what is there (as in Hsu et al. 2024, "Liger Kernel", section 3.2).  Beside the three matrix
-products and the softmax, a chunk in fp32 is read twice, for its largest logits and probabilities;
-one in bf16 has a second softmax, since losses need fp32.  A GPU has a kernel for it all.
+products and the softmax, a chunk in fp32 on a CPU is not read again; others have a second softmax,
+since losses need fp32.  A GPU has a kernel for it all.
 
 What it gives up: gradients of gradients.
 """
@@ -13,6 +13,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -22,9 +23,13 @@ from raygpt.products import add_product, by_onednn, product
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
 """Of fp32 logits at a time.  A GPU's products want more rows."""
 
+UNSURE = 60.0
+"""Nats, from which on the logarithm of a probability in fp32 may have lost digits, or all."""
+
 
 def to_errors(logits: Tensor, right: Tensor, n_vocab: int) -> tuple[Tensor, Tensor]:
-    """The losses of a chunk, (n,) fp32, and the gradient of their sum, (n, V).
+    """The losses of a chunk, (n,) fp32, and the gradient of their sum, (n, V).  On a CPU, losses
+    beyond :data:`UNSURE` may be infinite.
 
     Args:
         logits: (n, V), contiguous; overwritten, where that saves a matrix.
@@ -32,12 +37,10 @@ def to_errors(logits: Tensor, right: Tensor, n_vocab: int) -> tuple[Tensor, Tens
         n_vocab: columns from there on are padding.
     """
     logits[:, n_vocab:] = -math.inf
-    if logits.dtype == torch.float32:
-        top, chosen = logits.amax(dim=1), logits.gather(1, right)[:, 0]
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
         p = torch.softmax(logits, dim=1, out=logits)
-        # At the top, p is one over the sum of exp(logits - top).
-        losses = top - chosen - p.amax(dim=1).log()
-        return losses, p.scatter_(1, right, p.gather(1, right) - 1)
+        chosen = p.gather(1, right)
+        return -chosen[:, 0].log(), p.scatter_(1, right, chosen - 1)
     log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32).gather(1, right)
     p = torch.softmax(logits, dim=1)
     return -log_p[:, 0], p.scatter_(1, right, log_p.expm1().to(p.dtype))
@@ -101,16 +104,36 @@ def _losses(
         # Kept from chunk to chunk: where fresh pages come, they cost as much as the softmax.
         kept = None if by_onednn(x) else x.new_empty(rows, len(weight))
         losses = x.new_empty(len(x), dtype=torch.float32)
+        # oneDNN would copy the errors to turn them; the head's gradient is smaller, and can be
+        # turned once for all chunks, where there is memory for two.
+        turns = by_onednn(x) and 4 * head.numel() <= CHUNK_BYTES[kind]
+        turned: Tensor | None = None
         for first in range(0, len(x), rows):
             here = slice(first, first + rows)
             part, right = x[here], targets[here, None]
             logits = product(part, head.t(), None if kept is None else kept[: len(part)])
             losses[here], errors = errors_of(logits, right, n_vocab)
+            if kind == "cpu":
+                _mend(losses[here], part, head, right, n_vocab)
             if grad_x is not None and grad_weight is not None:
                 grad_x[here] = product(errors, head)
-                add_product(grad_weight, errors.t(), part)
+                if turns:
+                    more = product(part.t(), errors)
+                    turned = more if turned is None else turned.add_(more)
+                else:
+                    add_product(grad_weight, errors.t(), part)
             del logits, errors  # or they would be there beside the next chunk
+        if grad_weight is not None and turned is not None:
+            grad_weight.copy_(turned.t())
         return losses
+
+
+def _mend(losses: Tensor, x: Tensor, head: Tensor, right: Tensor, n_vocab: int) -> None:
+    """Compute again, in place, the losses of probabilities that are too small for fp32."""
+    unsure = losses > UNSURE
+    if unsure.any():
+        logits = product(x[unsure], head.t()).float()[:, :n_vocab]
+        losses[unsure] = F.cross_entropy(logits, right[unsure, 0], reduction="none")
 
 
 def _chunk_rows(tokens: int, row_bytes: int, chunk_bytes: int) -> int:

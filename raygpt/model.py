@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from raygpt import recompute
+from raygpt.attention import causal_attention
 from raygpt.config import ModelConfig
 from raygpt.gelu import gelu, gelu_again
 from raygpt.loss import linear_cross_entropy
@@ -89,7 +90,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = (F.rms_norm(x, x.shape[-1:]) for x in (q, k))
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = causal_attention(q, k, v, dropout)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

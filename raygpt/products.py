@@ -36,14 +36,14 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     Args:
         out: memory for the result (m, n), which oneDNN cannot use.
     """
-    return _times(a, b.t()) if by_onednn(a) else torch.mm(a, b, out=out)
+    return times(a, b.t()) if by_onednn(a) else torch.mm(a, b, out=out)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add (m, k) times (k, n), which may be of a narrower type, in place; without a graph."""
     if by_onednn(a):  # which cannot add to what is there
         for part, rows in zip(total.split(ROWS), a.split(ROWS), strict=True):
-            part += _times(rows, b.t())
+            part += times(rows, b.t())
     elif a.dtype == total.dtype:
         total.addmm_(a, b)
     elif total.is_cuda:
@@ -56,7 +56,7 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     """(n, m, k) times (n, k, l); without a graph."""
     if not by_onednn(a):
         return a @ b
-    return torch.stack([_times(*pair) for pair in zip(a, b.mT, strict=True)])
+    return torch.stack([times(*pair) for pair in zip(a, b.mT, strict=True)])
 
 
 def products_and(total: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> Tensor:
@@ -79,20 +79,21 @@ def is_faster() -> bool:
     return devices.mkl_lacks_avx512() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``, in memory of its own."""
+def times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` by oneDNN, in memory of its own; without a graph."""
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()  # oneDNN would fall back to something very slow
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x.flatten(0, -2), weight, bias, "none", [], "")
+    rows = x if x.dim() == 2 else x.flatten(0, -2)
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     # No view, so that it may be changed in place behind a function of autograd's.
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _times(x, weight, bias)
+        return times(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -101,7 +102,7 @@ class _Linear(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         asked = ctx.needs_input_grad
         return (
-            _times(gradient, weight.t()) if asked[0] else None,
-            _times(rows.t(), x.flatten(0, -2).t()) if asked[1] else None,
+            times(gradient, weight.t()) if asked[0] else None,
+            times(rows.t(), x.flatten(0, -2).t()) if asked[1] else None,
             rows.sum(0) if asked[2] else None,
         )

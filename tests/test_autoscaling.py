@@ -121,7 +121,8 @@ def test_an_elastic_run_starts_with_what_is_there_and_grows(
         sockets = [Path(template.cmdline()[-1]) for template in templates if template]
         alone = max(row["time"] for row in run.rows() if row["world_size"] == 1)
         assert len(sockets) == MOST
-        assert all(socket.stat().st_mtime < alone for socket in sockets), "training waits for imports"
+        early = [socket.stat().st_mtime < alone for socket in sockets]
+        assert all(early), "training waits for imports"
         wait(lambda: not growing.scouts(), "what went ahead stays")
     finally:  # else its machines would stay for the next test
         process.terminate()
