@@ -69,13 +69,15 @@ def _heads(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 class _CausalAttention(torch.autograd.Function):
+    """Keeps what it is given; heads are copied, one at a time, to where oneDNN can use them."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         B, H, T, D = q.shape
-        q, k, v = (q / math.sqrt(D)).contiguous(), k.contiguous(), v.contiguous()
         y = q.new_empty(B, T, H, D).transpose(1, 2)
         blocks, later, kept = _blocks(T), _later(T), []
         for head_q, head_k, head_v, head_y in _heads(q, k, v, y):
+            head_q, head_k, head_v = head_q / math.sqrt(D), head_k.contiguous(), head_v.contiguous()
             for rows in blocks:
                 seen = slice(0, rows.stop)
                 p = _probabilities(head_q[rows], head_k[seen], later)
@@ -93,8 +95,10 @@ class _CausalAttention(torch.autograd.Function):
         blocks, later = _blocks(T), _later(T)
         # Rows of p times its gradient add up to those of y times its own (Dao 2022, appendix B.2).
         sums = (grad_y * y).sum(-1, keepdim=True)
-        heads = _heads(q, k, v, grad_y.contiguous(), sums, *gradients)
+        heads = _heads(q, k, v, grad_y, sums, *gradients)
         for head, (head_q, head_k, head_v, head_g, head_s, *into) in enumerate(heads):
+            head_q, head_k, head_v = head_q / math.sqrt(D), head_k.contiguous(), head_v.contiguous()
+            head_g = head_g.contiguous()
             grad_q, grad_k, grad_v = into
             for block, rows in reversed(list(enumerate(blocks))):
                 seen = slice(0, rows.stop)
