@@ -9,7 +9,9 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what starts processes has no torch
-    from raygpt.model import GPT, Transformer
+    from torch import nn
+
+    from raygpt.model import GPT
 
 NAME = "GLIBC_TUNABLES"
 _TUNABLES = {
@@ -40,10 +42,14 @@ def give_back(*_: object) -> None:
         trim(0)
 
 
-def give_back_before_loss(model: "GPT") -> None:
+def give_back_in_passes(model: "GPT") -> None:
     """Let a model on a CPU give free memory back between its layers' forward pass and the loss,
-    where it needs the most: what layers needed for a moment left holes among what they keep."""
-    model.transformer.register_forward_hook(_give_back_in_training)
+    where it needs the most, and in the middle of the forward and of the backward pass: what layers
+    needed for a moment left holes among what they keep.  More often, it takes time that shows."""
+    middle = model.transformer.h[len(model.transformer.h) // 2]
+    for module in (middle, model.transformer):
+        module.register_forward_hook(_give_back_in_training)
+    _first(middle).register_post_accumulate_grad_hook(give_back)
 
 
 def give_back_between_layers(model: "GPT") -> None:
@@ -55,10 +61,14 @@ def give_back_between_layers(model: "GPT") -> None:
     """
     model.register_forward_pre_hook(give_back)
     for block in list(model.transformer.h)[::LAYERS_APART]:
-        first = next(block.parameters())  # its gradient is the layer's last
-        first.register_post_accumulate_grad_hook(give_back)
+        _first(block).register_post_accumulate_grad_hook(give_back)
 
 
-def _give_back_in_training(module: "Transformer", *_: object) -> None:
+def _first(block: "nn.Module") -> "nn.Parameter":
+    """The parameter whose gradient is the layer's last."""
+    return next(block.parameters())
+
+
+def _give_back_in_training(module: "nn.Module", *_: object) -> None:
     if module.training:
         give_back()

@@ -103,7 +103,7 @@ class Worker:
         if self.gives_back and sparing:
             malloc.give_back_between_layers(self.model)
         elif self.gives_back:
-            malloc.give_back_before_loss(self.model)
+            malloc.give_back_in_passes(self.model)
         self.compiled: CompiledLayers | None = None
         if config.train.compile:
             self.compiled = CompiledLayers(job.run, self.device, listener.say)
