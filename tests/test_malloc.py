@@ -56,8 +56,8 @@ print(json.dumps([*found, result.item(), model.lm_head.weight.grad.sum().item()]
 
 
 def outcome(what: str) -> tuple[list[bool], list[float]]:
-    """Whether layers in a forward pass, all of it, a backward pass and a forward pass of a validation
-    gave memory back; the loss and a sum of gradients."""
+    """Whether the layers' forward pass, all of it, a backward pass and a validation gave memory
+    back; the loss and a sum of gradients."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, what],
         env={**os.environ, malloc.NAME: malloc.tunables()},
