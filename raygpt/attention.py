@@ -75,14 +75,17 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         B, H, T, D = q.shape
         y = q.new_empty(B, T, H, D).transpose(1, 2)
-        blocks, later, kept = _blocks(T), _later(T), []
+        blocks, later = _blocks(T), _later(T)
+        kept: list[Tensor] = []
+        keeps = T <= KEPT * D and any(ctx.needs_input_grad)
         for head_q, head_k, head_v, head_y in _heads(q, k, v, y):
             head_q, head_k, head_v = head_q / math.sqrt(D), head_k.contiguous(), head_v.contiguous()
             for rows in blocks:
                 seen = slice(0, rows.stop)
                 p = _probabilities(head_q[rows], head_k[seen], later)
                 head_y[rows] = times(p, head_v[seen].t())
-                kept.append(p) if T <= KEPT * D else None
+                if keeps:
+                    kept.append(p)
         ctx.save_for_backward(q, k, v, y, *kept)
         return y
 

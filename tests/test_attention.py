@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from raygpt import attention, products
 from raygpt.attention import causal_attention
+from raygpt.config import ModelConfig
+from raygpt.model import GPT
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,7 @@ def heads(tokens: int, size: int) -> Tensor:
     return values(2, tokens, 9 * size)
 
 
-def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def by_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
@@ -57,7 +59,7 @@ def test_values_and_gradients(
     """One block, less than one, several, and a rest."""
     monkeypatch.setattr(attention, "KEPT", kept)
     together = heads(tokens, size)
-    exact = with_gradient(together.double(), torchs)
+    exact = with_gradient(together.double(), by_torch)
     for ours, theirs in zip(with_gradient(together), exact, strict=True):
         torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-5)
 
@@ -111,6 +113,26 @@ def test_checkpointing_keeps_no_probabilities(
     y.sum().backward()
     del y
     assert all(p() is None for p in made)
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_a_model_has_the_same_gradients_with_both(
+    positions: Literal["learned", "rotary"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where queries and keys are turned and normalised first."""
+    config = ModelConfig(1, 2, 48, 40, 64, positions=positions, qk_norm=positions == "rotary")
+    windows = torch.arange(2 * 41).view(2, 41) * 7 % 64
+    gradients: list[list[Tensor]] = []
+    for smallest in (1, 10**6):
+        monkeypatch.setattr(attention, "SMALLEST", smallest)
+        torch.manual_seed(1)
+        model = GPT(config)
+        model(windows[:, :-1], windows[:, 1:]).backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(list(model.parameters()))
+    assert any(not torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    for ours, torchs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-6)
 
 
 class Nothing(AssertionError):
