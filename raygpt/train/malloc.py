@@ -44,12 +44,14 @@ def give_back(*_: object) -> None:
 
 def give_back_in_passes(model: "GPT") -> None:
     """Let a model on a CPU give free memory back between its layers' forward pass and the loss,
-    where it needs the most, and in the middle of the forward and of the backward pass: what layers
-    needed for a moment left holes among what they keep.  More often, it takes time that shows."""
-    middle = model.transformer.h[len(model.transformer.h) // 2]
-    for module in (middle, model.transformer):
+    where it needs the most, and twice within the layers of both passes: what they needed for a
+    moment left holes among what they keep.  More often, it takes time that shows."""
+    layers = model.transformer.h
+    thirds = [layers[i * len(layers) // 3] for i in (1, 2)]
+    for module in (*thirds, model.transformer):
         module.register_forward_hook(_give_back_in_training)
-    _first(middle).register_post_accumulate_grad_hook(give_back)
+    for block in thirds:
+        _first(block).register_post_accumulate_grad_hook(give_back)
 
 
 def give_back_between_layers(model: "GPT") -> None:
