@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from raygpt import device as devices
-from raygpt.products import add_product, by_onednn, product
+from raygpt.products import ProductSum, by_onednn, product
 
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
 """Of fp32 logits at a time.  A GPU's products want more rows."""
@@ -104,10 +104,7 @@ def _losses(
         # Kept from chunk to chunk: where fresh pages come, they cost as much as the softmax.
         kept = None if by_onednn(x) else x.new_empty(rows, len(weight))
         losses = x.new_empty(len(x), dtype=torch.float32)
-        # oneDNN would copy the errors to turn them; the head's gradient is smaller, and can be
-        # turned once for all chunks, where there is memory for two.
-        turns = by_onednn(x) and 4 * head.numel() <= CHUNK_BYTES[kind]
-        turned: Tensor | None = None
+        grad_head = None if grad_weight is None else ProductSum(grad_weight)
         for first in range(0, len(x), rows):
             here = slice(first, first + rows)
             part, right = x[here], targets[here, None]
@@ -115,16 +112,12 @@ def _losses(
             losses[here], errors = errors_of(logits, right, n_vocab)
             if kind == "cpu":
                 _mend(losses[here], part, head, right, n_vocab)
-            if grad_x is not None and grad_weight is not None:
+            if grad_x is not None and grad_head is not None:
                 grad_x[here] = product(errors, head)
-                if turns:
-                    more = product(part.t(), errors)
-                    turned = more if turned is None else turned.add_(more)
-                else:
-                    add_product(grad_weight, errors.t(), part)
+                grad_head.add(errors.t(), part)
             del logits, errors  # or they would be there beside the next chunk
-        if grad_weight is not None and turned is not None:
-            grad_weight.copy_(turned.t())
+        if grad_head is not None:
+            grad_head.finish()
         return losses
 
 

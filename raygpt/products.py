@@ -39,17 +39,43 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return times(a, b.t()) if by_onednn(a) else torch.mm(a, b, out=out)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add (m, k) times (k, n), which may be of a narrower type, in place; without a graph."""
-    if by_onednn(a):  # which cannot add to what is there
-        for part, rows in zip(total.split(ROWS), a.split(ROWS), strict=True):
-            part += times(rows, b.t())
-    elif a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b
+class ProductSum:
+    """Adds up products in ``total``, (m, n), which starts as zeros; without a graph."""
+
+    def __init__(self, total: Tensor) -> None:
+        self._total = total
+        self._turned: Tensor | None = None
+        """The sum so far, (n, m), where it is made so."""
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Another one, (m, k) times (k, n); both may be of a narrower type."""
+        if by_onednn(a):
+            self._add_by_onednn(a, b)
+        elif a.dtype == self._total.dtype:
+            self._total.addmm_(a, b)
+        elif a.is_cuda:
+            torch.addmm(self._total, a, b, out_dtype=self._total.dtype, out=self._total)
+        else:
+            self._total += a @ b
+
+    def finish(self) -> None:
+        """To be called once, when all are added."""
+        if self._turned is not None:
+            self._total.copy_(self._turned.t())
+
+    def _add_by_onednn(self, a: Tensor, b: Tensor) -> None:
+        """Into memory of the product's size, since oneDNN cannot add to what is there.
+
+        It would copy an ``a`` that lies transposed, each time.  So the sum is made transposed, and
+        is turned once, where a second one is no larger than ``a``.  Else it is made in parts.
+        """
+        if self._turned is not None:
+            self._turned += times(b.t(), a)
+        elif self._total.numel() <= a.numel():
+            self._turned = times(b.t(), a)
+        else:
+            for part, rows in zip(self._total.split(ROWS), a.split(ROWS), strict=True):
+                part += times(rows, b.t())
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:

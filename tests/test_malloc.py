@@ -5,9 +5,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 
+from raygpt.config import ModelConfig
+from raygpt.model import GPT
 from raygpt.train import malloc
 
 MIB = 2**20
@@ -74,3 +81,26 @@ def test_free_memory_is_kept_or_given_back() -> None:
     assert kept == [False] * 4
     assert outcome("give_back_in_passes") == ([True, True, True, False], numbers)
     assert outcome("give_back_between_layers") == ([True] * 4, numbers)
+
+
+def test_layers_that_give_memory_back_are_compiled_as_the_others() -> None:
+    torch.compiler.reset()
+    counters.clear()
+    graphs = CompileCounter()
+    runs: list[int] = []
+    model = GPT(ModelConfig(n_layer=3, n_head=2, n_embd=16, block_size=8, vocab_size=32))
+    malloc.give_back_in_passes(model)
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        compiled = graphs(graph, inputs)
+
+        def run(*arguments: Any) -> Any:
+            runs.append(1)
+            return compiled(*arguments)
+
+        return run
+
+    model.compile_layers(backend=backend)
+    idx = torch.randint(0, 32, (2, 9))
+    model(idx[:, :-1], idx[:, 1:]).backward()
+    assert graphs.frame_count == 1 and len(runs) == 3 and not counters["graph_break"]

@@ -13,7 +13,7 @@ from raygpt import device as devices
 from raygpt import products
 from raygpt.config import ModelConfig
 from raygpt.model import GPT
-from raygpt.products import Linear, add_product, by_onednn, product
+from raygpt.products import Linear, ProductSum, by_onednn, product
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=320)
 
@@ -86,9 +86,23 @@ def test_bare_products(turned: tuple[bool, bool], monkeypatch: pytest.MonkeyPatc
         product(a, b)
     exact = (a.double() @ b.double()).float()
     torch.testing.assert_close(product(a, b), exact, rtol=1e-5, atol=1e-5)
-    total = torch.ones(23, 8)
-    add_product(total, a, b)
-    torch.testing.assert_close(total, exact + 1, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("columns", [8, 40], ids=["made transposed", "made in parts"])
+def test_a_sum_of_products(columns: int, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of them smaller than the others."""
+    monkeypatch.setattr(products, "ROWS", 4)
+    total, exact = torch.zeros(23, columns), torch.zeros(23, columns, dtype=torch.float64)
+    added = ProductSum(total)
+    with NothingSlow():
+        for seed, k in enumerate((17, 17, 5)):
+            a, b = values(k, 23, seed=seed).t(), values(k, columns, seed=seed + 10)
+            exact += a.double() @ b.double()
+            added.add(a if turned else a.contiguous(), b)
+        added.finish()
+    torch.testing.assert_close(total, exact.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("library")

@@ -46,10 +46,14 @@ def give_back_in_passes(model: "GPT") -> None:
     """Let a model on a CPU give free memory back between its layers' forward pass and the loss,
     where it needs the most, and twice within the layers of both passes: what they needed for a
     moment left holes among what they keep.  More often, it takes time that shows."""
+    import torch
+
     layers = model.transformer.h
-    thirds = [layers[i * len(layers) // 3] for i in (1, 2)]
+    thirds = [layers[i] for i in sorted({len(layers) // 3, 2 * len(layers) // 3})]
+    # Layers may be compiled, with their hooks.
+    hook = torch.compiler.disable(_give_back_in_training)
     for module in (*thirds, model.transformer):
-        module.register_forward_hook(_give_back_in_training)
+        module.register_forward_hook(hook)
     for block in thirds:
         _first(block).register_post_accumulate_grad_hook(give_back)
 
